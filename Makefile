@@ -1,0 +1,54 @@
+# make demo    the main job on the shipped tiny model, from nothing: environment, installation, training, verified adapter
+# make test    all tests, with their own set-up         make style    what exceeds the project's size budgets
+# make mutants every planted bug is seen to be caught   make clean    removes the environment and the demo's output
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+# The interpreter itself and not a link to it, which may go away before the environment does.
+FIND_PYTHON := for p in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import os, sys; sys.version_info >= (3, 11) or sys.exit(1); print(os.path.realpath(sys.executable))' \
+	2>/dev/null && break; done
+# At most 8 workers: beyond that they wait for each other's start-up more than they work.
+WORKERS := n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -le 8 ] || n=8; echo $$n
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test style mutants clean
+.SILENT:
+
+demo: $(VENV)/.installed
+	echo "[3/3] tune run lora_single_device --config tiny/lora"
+	$(BIN)/tune run lora_single_device --config tiny/lora
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n "$$($(WORKERS))"
+
+style: $(VENV)/.installed
+	$(BIN)/python scripts/style.py
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python scripts/mutants.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info out
+
+$(VENV)/bin/python:
+	python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+		echo "error: no Python 3.11 or newer was found; install one, or name it: make PYTHON=/path/to/python3 demo" >&2; exit 1; \
+	fi; \
+	echo "[1/3] creating $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: $$python cannot make environments; its venv module is missing (on Debian: apt install python3-venv)" >&2; exit 1; }
+
+# The stamp is newer than pyproject.toml: a second call installs nothing.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	echo "[2/3] installing torchft-recipes and PyTorch into $(VENV) (minutes the first time; log in $(LOG))"
+	$(BIN)/python -m pip install -e . > $(LOG) 2>&1 || { tail -n 20 $(LOG); echo "error: the installation failed, see above" >&2; exit 1; }
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	echo "installing what the tests compare with (log in $(LOG))"
+	$(BIN)/python -m pip install -e '.[test]' > $(LOG) 2>&1 || { tail -n 20 $(LOG); echo "error: the installation failed, see above" >&2; exit 1; }
+	touch $@

@@ -1,0 +1,58 @@
+"""Model families, one file each: notes on its checkpoints, its sizes, and config.json -> TransformerConfig."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torchft.models import llama, mistral, qwen2, qwen3
+from torchft.modules.transformer import CausalLM, TransformerConfig
+
+FAMILIES = {  # `architectures` in config.json -> the family's file
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The fields of the config.json in model directory `path`. Raises ValueError naming the file and what is wrong."""
+    file = Path(path) / "config.json"
+    try:
+        hf = json.loads(file.read_bytes(), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file}: no such file. model.path must be a Hugging Face model directory; `tune download` makes one."
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:  # bad JSON, bad UTF-8, a duplicate key
+        raise ValueError(f"{file}: not valid JSON ({error}). Download it again.") from None
+    if not isinstance(hf, dict):
+        raise ValueError(f"{file}: holds a {type(hf).__name__}, not the object of fields that a config.json is.")
+    return hf
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"key {twice!r} stands there twice")
+    return fields
+
+
+def model_config(hf: dict[str, Any]) -> TransformerConfig:
+    """The fields of a config.json -> our config, by architecture. Raises ValueError naming what cannot be honoured."""
+    architectures = hf.get("architectures")
+    known = ", ".join(FAMILIES)
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ValueError(f"config.json: architectures is {architectures!r}; it must name one of {known}.")
+    if architectures[0] not in list(FAMILIES):  # a list, since what stands there may not be hashable
+        raise ValueError(f"config.json: architecture {architectures[0]!r} is not supported; known are {known}.")
+    return FAMILIES[architectures[0]].config_from_hf(hf)
+
+
+def build_model(hf_config: dict[str, Any]) -> CausalLM:
+    """The model of a config.json, without weights: call it under `torch.device("meta")`, then stream them in."""
+    return CausalLM(model_config(hf_config))

@@ -1,0 +1,195 @@
+"""Causal self-attention: plain linears around one attention call, the masks it takes, and the KV cache of generation.
+
+A query sees the keys of its own document that are not later than itself and, with a sliding window w, at most w - 1
+positions earlier (transformers' rule). `build_mask` puts that into one of three forms, once per forward and window:
+
+- None: every row is one document, no window in reach: SDPA's own causal path, cuDNN's kernel first on CUDA.
+- BlockMask: packed rows on CUDA: FlexAttention, which skips the 128 x 128 blocks that nothing in them can see.
+- bool Tensor (B or 1, 1, T, S): packed rows elsewhere, rows of one block or less, and generation with a cache.
+
+Legend: B batch, T query tokens, S key tokens, D hidden, H heads, K key/value heads, E head_dim.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from torchft.modules.compiler import missing_compiler
+from torchft.modules.norm import RMSNorm
+from torchft.modules.rope import apply_rope
+
+if TYPE_CHECKING:  # that module imports this one
+    from torchft.modules.transformer import TransformerConfig
+
+Mask = Tensor | BlockMask | None
+
+FLEX_BLOCK = 128  # tokens per side of a block that FlexAttention computes or skips as a whole
+
+# cuDNN's causal kernel is 1.8x as fast as flash-2 on an H200. What a kernel cannot take, fp32 say, goes to the next.
+SDPA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class LayerCache:
+    """Keys and values of one layer, for the tokens so far: two (B, K, S, E) buffers filled from the left."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, E) at columns start .. start + T; returns all columns so far, (B, K, start + T, E) twice."""
+        end = start + k.shape[2]
+        self.keys[:, :, start:end] = k
+        self.values[:, :, start:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; `qk_norm` normalises each head's queries and keys before the rotation (Qwen3)."""
+
+    def __init__(self, config: "TransformerConfig") -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_width = config.num_attention_heads * head_dim
+        kv_width = config.num_key_value_heads * head_dim
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, hidden, bias=config.o_bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """x (B, T, D), cos and sin (B, T, E/2) -> (B, T, D). With a cache, the T tokens are columns from `start` on."""
+        batch, num_tokens, _ = x.shape
+        q = self.q_proj(x).view(batch, num_tokens, -1, self.head_dim)  # (B, T, H, E)
+        k = self.k_proj(x).view(batch, num_tokens, -1, self.head_dim)  # (B, T, K, E)
+        v = self.v_proj(x).view(batch, num_tokens, -1, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
+        if cache is not None:
+            k, v = cache.append(k, v, start)  # (B, K, S, E)
+        y = attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, E)
+        return self.o_proj(y.reshape(batch, num_tokens, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k^T / sqrt(E) where the mask allows) v: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
+    grouped = q.shape[1] != k.shape[1]  # H / K query heads share one key/value head
+    if isinstance(mask, BlockMask):
+        compile_here = q.is_cuda and not torch.compiler.is_compiling()  # within a compiled block it is part of that
+        flex = _compiled_flex() if compile_here else flex_attention
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    # Not `dynamic=False`: with a new graph for every length, the ninth one would fall back to the uncompiled form.
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def _flex_can_run(device_type: str) -> bool:
+    """FlexAttention is for CUDA, and there must be compiled: its uncompiled form holds all T x T scores."""
+    if device_type != "cuda":
+        return False
+    missing = missing_compiler(torch.device(device_type))
+    if missing:
+        warnings.warn(
+            f"packed rows take a dense attention mask, several times slower than FlexAttention, which lacks {missing}",
+            stacklevel=2,
+        )
+    return not missing
+
+
+def build_mask(ids: Tensor, num_keys: int, window: int | None, documents: Tensor | None) -> Mask:
+    """The mask for ids (B, T), the last T of `num_keys` = S tokens (T and S differ only in generation).
+
+    documents (B, S) int: the id of each token's document; None = every row is one. A padding token needs an id of its
+    own (any that no document has), so that it sees at least itself: a fully masked softmax would be NaN.
+    """
+    if window is not None and window >= num_keys:
+        window = None
+    square = ids.shape[1] == num_keys
+    if documents is None and window is None and square:
+        return None
+    # Within one block there is nothing to skip, and FlexAttention has no kernel for some lengths so short.
+    if square and num_keys > FLEX_BLOCK and _flex_can_run(ids.device.type):
+        return block_mask(torch.zeros_like(ids) if documents is None else documents, window)
+    return dense_mask(ids.shape[1], num_keys, window, documents, ids.device)
+
+
+def dense_mask(
+    num_queries: int, num_keys: int, window: int | None, documents: Tensor | None, device: torch.device
+) -> Tensor:
+    """The rule of this file's docstring, spelled out: bool (B or 1, 1, T, S), True where the query may look."""
+    key = torch.arange(num_keys, device=device)[None]  # (1, S)
+    query = key[:, num_keys - num_queries :].T  # (T, 1)
+    visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
+    if documents is None:
+        return visible[None, None]
+    same = documents[:, num_keys - num_queries :, None] == documents[:, None]  # (B, T, S)
+    return (visible & same)[:, None]
+
+
+def block_mask(documents: Tensor, window: int | None) -> BlockMask:
+    """The same rule for FlexAttention: documents (B, T) int -> a BlockMask of ceil(T / 128) blocks a side.
+
+    `create_block_mask` would evaluate the rule at all T x T pairs; here only the smallest and largest document id of
+    each block are compared. A block is full (computed without a mask) if all of it is visible for certain, skipped if
+    its ids cannot meet, and else evaluated by `visible`; so the result is exact for any order of ids.
+    """
+    num_rows, num_tokens = documents.shape
+    num_blocks = -(-num_tokens // FLEX_BLOCK)
+    beyond = documents[:, -1:].expand(-1, num_blocks * FLEX_BLOCK - num_tokens)  # queries there are thrown away
+    blocks = torch.cat((documents, beyond), dim=1).view(num_rows, num_blocks, FLEX_BLOCK)
+    low, high = blocks.amin(-1), blocks.amax(-1)  # (B, N)
+
+    index = torch.arange(num_blocks, device=documents.device)
+    query, key = index[:, None], index[None]  # (N, 1), (1, N)
+    reachable, whole = key <= query, key < query
+    if window is not None:  # nearest and farthest distance, in tokens, between a query and a key of the two blocks
+        nearest, farthest = (query - key - 1) * FLEX_BLOCK + 1, (query - key + 1) * FLEX_BLOCK - 1
+        reachable, whole = reachable & (nearest < window), whole & (farthest < window)
+    may_meet = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])  # (B, N, N)
+    one_document = (low[:, :, None] == high[:, None]) & (high[:, :, None] == low[:, None])
+    full = whole & one_document
+    partial = reachable & may_meet & ~full
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        allowed = (k <= q) & (documents[b, q] == documents[b, k])
+        return allowed if window is None else allowed & (k > q - window)
+
+    return BlockMask.from_kv_blocks(
+        *_block_lists(partial), *_block_lists(full), FLEX_BLOCK, visible, seq_lengths=(num_tokens, num_tokens)
+    )
+
+
+def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, N) bool -> per row of blocks: how many (B, 1, N), and their column indices first in (B, 1, N, N) int32."""
+    counts = chosen.sum(-1, dtype=torch.int32)
+    indices = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
+    return counts[:, None], indices[:, None].contiguous()

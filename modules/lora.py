@@ -1,0 +1,256 @@
+"""LoRA, rsLoRA and DoRA on frozen linears, applied to a built model by a tree walk.
+
+    LoRA    y = W0 x + b + s B A x              s = alpha / rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685)
+    rsLoRA  s = alpha / sqrt(rank)              (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
+    DoRA    y = m / ||W0 + s B A|| * (W0 + s B A) x + b, one norm and one trained m per output row
+            (Liu et al. 2024, https://arxiv.org/abs/2402.09353)
+
+W0 (out, in) is frozen and may be stored as NF4; A (rank, in), B (out, rank) and m (out,) are fp32 parameters beside it,
+so that AdamW's small steps are not rounded away, and are cast to the activations' dtype where they are used. Names are
+PEFT's: `q_proj.weight`, `q_proj.lora_A.weight`, `q_proj.lora_B.weight`, `q_proj.lora_magnitude_vector`.
+
+Order: model on meta -> `add_lora` -> (`quantize_nf4`) -> load the weights -> `init_lora`, or load an adapter.
+Left out: adapters on embeddings, biases in adapters, several adapters at once, per-layer ranks.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchft.modules import nf4
+
+NORM_ROWS = 1024  # rows of DoRA's norm computed at once: bounds its two fp32 temporaries to rows x in
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What an adapter is, apart from its weights.
+
+    `target_modules` are names of linears, matched whole or after a dot ("q_proj", "mlp.up_proj",
+    "layers.0.mlp.up_proj"), or ("all-linear",): every linear but lm_head.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0  # probability, on the adapter's input
+    use_rslora: bool = False
+    use_dora: bool = False
+    target_modules: tuple[str, ...] = ("all-linear",)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora rank is {self.rank}; it must be at least 1")
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ValueError(
+                f"lora alpha is {self.alpha}; it must be a positive number (a common choice is twice the rank)"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not self.target_modules:
+            raise ValueError("lora target_modules is empty; name linears such as q_proj, or all-linear")
+
+    @property
+    def scale(self) -> float:
+        """s in the formulas above."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear with an adapter beside its weight, which is on meta until `init_lora`. Made by `add_lora`."""
+
+    def __init__(self, linear: nn.Linear, spec: LoraSpec) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias  # shared, not copied
+        self.scale = spec.scale
+        self.dropout = spec.dropout
+        self.enabled = True  # see adapters_off
+        self.lora_A = nn.Linear(self.in_features, spec.rank, bias=False, device="meta", dtype=torch.float32)
+        self.lora_B = nn.Linear(spec.rank, self.out_features, bias=False, device="meta", dtype=torch.float32)
+        magnitude = (
+            nn.Parameter(torch.empty(self.out_features, device="meta", dtype=torch.float32)) if spec.use_dora else None
+        )
+        self.register_parameter("lora_magnitude_vector", magnitude)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        y = nf4.linear(x, self.weight, self.bias)  # W0 x + b
+        if not self.enabled:
+            return y
+        dropping = self.training and self.dropout > 0
+        dropped = F.dropout(x, self.dropout) if dropping else x
+        a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        delta = F.linear(F.linear(dropped, a) * self.scale, b)  # s B A x
+        if self.lora_magnitude_vector is None:
+            return y + delta
+        # DoRA, with r = m / norm:  r (W0 x + delta) + b  =  y + delta + (r - 1) (W0 x + delta).
+        # r - 1 is taken in fp32: r itself is close to 1 and bf16 would round the whole update away.
+        excess = (self.lora_magnitude_vector / self.row_norms() - 1).to(x.dtype)  # (out,)
+        if dropping:  # as PEFT: the rescaled part sees the dropped input, the plain part the whole one
+            base = nf4.linear(dropped, self.weight)
+        else:
+            base = y if self.bias is None else y - self.bias
+        return y + delta + excess * (base + delta)
+
+    @torch.no_grad()  # section 4.3 of the DoRA paper: the norm is a constant in backward
+    def row_norms(self) -> Tensor:
+        """||W0 + s B A|| of each output row, (out,) fp32."""
+        weight = nf4.dequantize(self.weight) if isinstance(self.weight, nf4.NF4Tensor) else self.weight
+        a = self.lora_A.weight
+        rows = zip(weight.split(NORM_ROWS), self.lora_B.weight.split(NORM_ROWS), strict=True)
+        return torch.cat([torch.linalg.vector_norm(w.float() + self.scale * (b @ a), dim=1) for w, b in rows])
+
+    def extra_repr(self) -> str:
+        kind = "DoRA" if self.lora_magnitude_vector is not None else "LoRA"
+        numbers = f"rank={self.lora_A.out_features}, scale={self.scale:g}, dropout={self.dropout:g}"
+        return f"{super().extra_repr()}, {kind} {numbers}"
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What `add_lora` did, for one printed line."""
+
+    names: tuple[str, ...]  # of the adapted linears
+    num_trained: int  # parameters of the adapters
+    num_total: int  # parameters of the model, adapters included
+
+    def __str__(self) -> str:
+        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in self.names))
+        share = 100 * self.num_trained / self.num_total
+        return (
+            f"LoRA: {len(self.names)} linears ({', '.join(kinds)}), "
+            f"{self.num_trained:,} of {self.num_total:,} parameters are trained ({share:.2f}%)"
+        )
+
+
+def add_lora(model: nn.Module, spec: LoraSpec) -> LoraReport:
+    """Put an adapter beside every linear that `spec.target_modules` names, and freeze everything else.
+
+    Works on meta and on loaded models. The new parameters are on meta until `init_lora` or the adapter's loading.
+
+    Raises:
+        ValueError: a target matches nothing, or something that is no linear, or lm_head; the model has adapters
+            already.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model already has LoRA adapters; build it anew to give it others")
+    names = _matched_linears(model, spec.target_modules)
+    model.requires_grad_(False)
+    for name in names:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), spec))
+    trained = sum(param.numel() for param in trainable_parameters(model).values())
+    return LoraReport(tuple(names), trained, sum(param.numel() for param in model.parameters()))
+
+
+def _matched_linears(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Names of the linears that `targets` mean, in the model's order."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name in linears if _leaf(name) != "lm_head"]
+    if targets == ("all-linear",):
+        return linears
+    for target in targets:
+        _check_target(model, target, linears)
+    return [name for name in linears if matches(name, targets)]
+
+
+def _check_target(model: nn.Module, target: str, linears: list[str]) -> None:
+    """Raise ValueError unless `target` means some of `linears` and nothing else."""
+    hits = [name for name, _ in model.named_modules() if matches(name, (target,))]
+    if not hits:
+        raise _matches_nothing(target, linears)
+    wrong = next((name for name in hits if name not in linears), None)
+    if wrong and _leaf(wrong) in ("embed_tokens", "lm_head"):
+        raise ValueError(
+            f"lora target_modules: {target!r} takes no adapter; name it in modules_to_save to train it whole"
+        )
+    if wrong:
+        kind = type(model.get_submodule(wrong)).__name__
+        raise ValueError(f"lora target_modules: {target!r} is {wrong}, a {kind}; adapters go on linears only")
+
+
+def _matches_nothing(target: str, linears: list[str]) -> ValueError:
+    known = sorted({_leaf(name) for name in linears})
+    near = difflib.get_close_matches(target, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return ValueError(
+        f"lora target_modules: {target!r} matches no module; {hint}the linears here are {', '.join(known)}, "
+        "or use all-linear alone"
+    )
+
+
+def matches(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a module's name is one of `targets`, whole or after a dot: PEFT's rule for a list."""
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+@torch.no_grad()
+def init_lora(model: nn.Module, generator: torch.Generator) -> None:
+    """Initialise every adapter so that it changes nothing yet: A uniform, B zero, DoRA's m the norms of W0's rows.
+
+    Call it when the base weights are in. A is drawn on the CPU, so that one seed gives one adapter on every device.
+    As PEFT does: A is Kaiming-uniform with a = sqrt(5), that is, within +-1/sqrt(in).
+
+    Args:
+        generator: a CPU generator.
+    """
+    for layer in lora_layers(model).values():
+        device = layer.weight.device
+        assert device.type != "meta", "init_lora before the weights are loaded"
+        a = torch.empty(layer.lora_A.weight.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        layer.lora_A.weight = nn.Parameter(a.to(device))
+        layer.lora_B.weight = nn.Parameter(torch.zeros(layer.lora_B.weight.shape, dtype=torch.float32, device=device))
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector = nn.Parameter(layer.row_norms())
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted linears by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer gets, by name; a tied parameter once."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model for the length of a `with`: the reference of preference losses, and "before" in comparisons.
+
+    Raises:
+        ValueError: a module is trained whole beside the adapter, so its base weights are gone.
+    """
+    whole = [name for name in trainable_parameters(model) if ".lora_" not in name]
+    if whole:
+        raise ValueError(
+            f"switching adapters off does not give the base model back: {', '.join(whole)} is trained whole; leave it "
+            "out of modules_to_save where the base is the reference"
+        )
+    layers = lora_layers(model).values()
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+@torch.no_grad()
+def merged_weight(layer: LoRALinear) -> Tensor:
+    """The one dense weight (out, in) that does what base and adapter do together, in fp32; the caller rounds it."""
+    weight = nf4.dequantize(layer.weight) if isinstance(layer.weight, nf4.NF4Tensor) else layer.weight
+    merged = weight.float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
+    if layer.lora_magnitude_vector is not None:
+        merged *= (layer.lora_magnitude_vector / layer.row_norms()).unsqueeze(1)
+    return merged

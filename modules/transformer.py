@@ -1,0 +1,181 @@
+"""The decoder-only transformer that all families share, with the names of Hugging Face checkpoints.
+
+    ids -> embed_tokens -> layers x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> lm_head
+
+What differs between families (biases, q/k norms, windows, RoPE) is a field of TransformerConfig, which the files in
+`models/` make from a config.json. `__init__` runs on the meta device; weights are streamed in, or filled by
+`init_weights`.
+
+Legend: B batch, T tokens, D hidden, E head_dim, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchft.modules.attention import Attention, LayerCache, Mask, build_mask
+from torchft.modules.checkpointing import Checkpointing
+from torchft.modules.feed_forward import FeedForward
+from torchft.modules.loss import linear_cross_entropy
+from torchft.modules.norm import RMSNorm
+from torchft.modules.rope import RopeConfig, rope_tables
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Every shape and choice of one model, under the names of config.json where it has one."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int  # longest sequence it was trained on; not enforced
+    tie_word_embeddings: bool  # lm_head.weight is embed_tokens.weight
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()  # tokens seen back, itself included, per layer; () = no layer has one
+    initializer_range: float = 0.02  # standard deviation of freshly initialised weights
+
+    def __post_init__(self) -> None:
+        assert self.num_attention_heads % self.num_key_value_heads == 0, (
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )
+        assert len(self.sliding_windows) in (0, self.num_hidden_layers), self.sliding_windows
+        assert self.rope.head_dim == self.head_dim, (self.rope.head_dim, self.head_dim)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, of all layers, for generation. One column is one token of every row.
+
+    Rows of different lengths are padded on the left, with documents telling padding from text.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, batch_size: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
+        self.layers = [LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.documents = torch.zeros(batch_size, max_tokens, dtype=torch.int32, device=device)
+        self.length = 0  # columns filled
+
+    def extend(self, num_tokens: int, documents: Tensor | None) -> Tensor:
+        """Take in the documents (B, T) of the next columns (None = 0); returns those of all columns so far, (B, S)."""
+        start, self.length = self.length, self.length + num_tokens
+        if documents is not None:
+            self.documents[:, start : self.length] = documents
+        return self.documents[:, : self.length]
+
+
+class Block(nn.Module):
+    """One layer: attention and feed forward, each on the normalised residual stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """h (B, T, D) -> (B, T, D); the other arguments are the attention's."""
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache, start)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    """From token ids to normalised hidden states."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.rope = config.rope
+        self.windows = config.sliding_windows or (None,) * config.num_hidden_layers
+        self.checkpointing = Checkpointing()  # replaced by apply_activation_checkpointing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T) -> (B, T, D); arguments as in CausalLM.forward."""
+        num_tokens, device = input_ids.shape[1], input_ids.device
+        start = 0
+        if cache is not None:
+            start = cache.length
+            documents = cache.extend(num_tokens, documents)
+        if positions is None:
+            positions = torch.arange(start, start + num_tokens, device=device)[None]
+        cos, sin = rope_tables(self.rope, positions)  # (B or 1, T, E/2)
+        masks = {window: build_mask(input_ids, start + num_tokens, window, documents) for window in set(self.windows)}
+        # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
+        h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)
+        for index, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[index]
+            h = self.checkpointing.run(index, block, h, cos, sin, masks[self.windows[index]], layer_cache, start)
+        return self.norm(h)
+
+
+class CausalLM(nn.Module):
+    """The decoder with its head: logits, or with labels the summed loss."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V), or with labels the fp32 sum of the supervised tokens' cross entropies.
+
+        input_ids (B, T) int. positions (B, T) int, by default counted from each row's start (or the cache's end).
+        documents (B, T) int: tokens attend within equal ids only; None = every row is one document without padding.
+        labels (B, T) int, ALREADY SHIFTED: labels[b, t] is what position t should predict; -100 = not supervised. The
+            loss is taken here, inside forward, because that is where FSDP2 has gathered the head's weight.
+        cache: the tokens follow those already in it. last_only: logits of the last position alone, (B, 1, V).
+        """
+        h = self.model(input_ids, positions, documents, cache)  # (B, T, D)
+        if labels is not None:
+            return linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        return self.lm_head(h[:, -1:] if last_only else h)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fill every parameter as transformers does: norms one, biases zero, all else normal (`initializer_range`)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=self.config.initializer_range, generator=generator)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
+        """Behind `.to()`, `.cuda()` and `.to_empty()`, which would make two parameters of a tied one leaving meta."""
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        super()._apply(fn, recurse)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self

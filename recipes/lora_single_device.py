@@ -1,0 +1,201 @@
+"""LoRA, QLoRA or DoRA fine-tuning of a causal language model on one device, from a model directory to a verified adapter.
+
+    tune run lora_single_device --config tiny/lora                              # the embedded demo, on a CPU or a GPU
+    tune run lora_single_device --config llama3_1/8B_lora data.train=my.jsonl   # a real model on one GPU
+    tune cp lora_single_device ./mine.py && tune run ./mine.py --config tiny/lora
+
+The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy
+is yours to edit. Measured results: docs/RECORDS.md. Left out: several processes (lora_distributed), full fine-tuning.
+"""
+
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from torchft.adapter import attach_adapter, load_adapter, lora_spec, save_adapter, tokenizer_folder, verify_adapter
+from torchft.peft_config import read_adapter
+from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
+from torchft.data.chat_template import load_template
+from torchft.data.dataset import build_datasets
+from torchft.data.loader import Batch, Loader, eval_batches
+from torchft.data.tokenizer import load_tokenizer
+from torchft.device import compile_blocks, setup_device
+from torchft.distributed import require_single_process
+from torchft.generate import Answer, answer_examples, eval_mode, exact_match
+from torchft.metrics import RunLogger
+from torchft.models import build_model, read_config
+from torchft.modules.checkpointing import apply_activation_checkpointing
+from torchft.modules.lora import add_lora, init_lora, trainable_parameters
+from torchft.modules.nf4 import quantize_nf4
+from torchft.modules.transformer import CausalLM
+from torchft.modules.vocab import freeze_old_rows, init_new_rows, resize_vocab, train_modules
+from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
+from torchft.parse import parse
+from torchft.profiling import ProfileWindow
+from torchft.run_dir import best_checkpoint
+from torchft.throughput import flops_per_token
+from torchft.weights import load_weights, random_weights
+
+
+@dataclass
+class Config:
+    """Every option stands with its default and unit in torchft/config.py; `tune run lora_single_device --help` lists them."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
+    """Sum over the batch's supervised tokens of their cross entropy, in nats: a fp32 scalar."""
+    return model(batch.input_ids, positions=batch.positions, documents=batch.documents, labels=batch.labels)
+
+
+@torch.no_grad()
+def evaluate(model: CausalLM, batches: Iterable[Batch], device: torch.device) -> float:
+    """Mean cross entropy per supervised token over all batches, in nats; it does not depend on how they are cut."""
+    loss, supervised = torch.zeros((), device=device, dtype=torch.float64), 0
+    with eval_mode(model):
+        for batch in batches:
+            loss += batch_loss(model, batch.to(device))
+            supervised += batch.num_supervised
+    return loss.item() / supervised
+
+
+def show(answers: list[Answer], log: RunLogger) -> None:
+    """A few answers beside what was expected, one line each."""
+    for answer in answers:
+        log.print(f"  {answer.prompt!r} -> {answer.answer!r}, expected {answer.expected!r}")
+
+
+def main(cfg: Config) -> None:
+    """Train one adapter; all files go to cfg.run.out. Raises UserError for what a user can get wrong."""
+    require_single_process("lora_single_device")
+    run, out = cfg.run, Path(cfg.run.out)
+    device = setup_device(run.seed, run.deterministic)
+    generator = torch.Generator().manual_seed(run.seed)  # on the CPU: one seed gives one adapter on every device
+    log, stop = RunLogger(run, asdict(cfg), device), StopSignal()
+    checkpoint = find_checkpoint(out, run.resume, asdict(cfg), log.print)  # now: a wrong one fails before anything is loaded
+
+    # ---- Model. On meta until its weights stream in, so that a quantised model never exists dense. The order is the same in
+    # all recipes: adapters, quantised types, checkpointing, compile, weights.
+    path = resolve_path(cfg.model.path)
+    tokenizer = load_tokenizer(tokenizer_folder(path, cfg.lora.adapter))
+    template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
+    new_ids = tokenizer.added_ids  # a range, empty without lora.new_tokens
+    with torch.device("meta"):
+        model = build_model(read_config(path))
+    if cfg.lora.adapter:  # train it further: rank, targets and whole modules are its own
+        spec = read_adapter(cfg.lora.adapter).spec
+        report, new_rows = attach_adapter(model, cfg.lora.adapter)
+    else:
+        spec = lora_spec(cfg.lora)
+        report = add_lora(model, spec)
+        new_rows = resize_vocab(model, max(new_ids.stop, model.config.vocab_size)) if new_ids else 0
+        train_modules(model, cfg.lora.modules_to_save or (["embed_tokens", "lm_head"] if new_ids else []))
+    log.print(str(report))
+    if cfg.model.quantize == "nf4":
+        log.print(str(quantize_nf4(model)))
+    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, cfg.model.offload_activations)
+    compile_blocks(model, cfg.model.compile, device, log.print)
+    dtype = getattr(torch, cfg.model.dtype)  # of the base; what is trained is kept in fp32
+    if cfg.model.weights == "random":
+        log.print("WARNING: model.weights=random is for measuring; nothing will be exported")
+        random_weights(model, seed=run.seed, device=device, dtype=dtype)
+    else:
+        log.print(str(load_weights(model, path, device=device, dtype=dtype, new_rows=new_rows)))
+    if new_ids:
+        init_new_rows(model, new_ids, generator)
+    init_lora(model, generator)
+    if cfg.lora.adapter:
+        load_adapter(model, cfg.lora.adapter)
+    params = trainable_parameters(model)
+    optimizer = build_optimizer(params, cfg.optim)
+
+    # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
+    train, valid = build_datasets(cfg.data, tokenizer, template, run.seed)
+    loader = Loader(train, cfg.data, run)
+    log.print(loader.summary())
+    answering = {"batch_size": 64, "max_new_tokens": run.max_new_tokens}
+    samples = [valid.example(i) for i in range(min(len(valid), run.sample_rows))] if valid and template else []
+    scored = [valid.example(i) for i in range(min(len(valid), run.exact_match_rows))] if valid and template else []
+
+    # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
+    state, best_loss = {}, math.inf
+    if checkpoint:
+        state = load_checkpoint(checkpoint, params=params, optimizer=optimizer, unchanged={"data": train.fingerprint})
+        best_loss, _ = best_checkpoint(out)
+    first_step = state.get("step", 0) + 1
+    length = {"total_steps": loader.total_steps, "steps_per_epoch": loader.steps_per_epoch(0), "start_step": first_step - 1}
+    log.begin(**length, state=state.get("log"), flops_per_token=flops_per_token(model, cfg.data.max_seq_len))
+    profiler = ProfileWindow(run, device, log.print)
+    if scored and first_step == 1:
+        with log.paused():
+            accuracy, answers = exact_match(model, tokenizer, template, scored, **answering)
+        log.validation(0, exact_match=accuracy)
+        show(answers[: run.sample_rows], log)
+
+    # ---- Loop. A step's loss is the sum over its supervised tokens divided by their number, however it is cut into batches.
+    for step in range(first_step, loader.total_steps + 1):
+        batches = loader.step(step - 1)
+        supervised = sum(batch.num_supervised for batch in batches)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            micro_loss = batch_loss(model, batch.to(device))
+            (micro_loss / supervised).backward()
+            loss += micro_loss.detach()
+        if new_ids and not cfg.lora.modules_to_save:
+            freeze_old_rows(model, new_ids)
+        grad_norm, found_inf = clip_and_check(params, cfg.optim.max_grad_norm, loss)
+        lr = lr_at(step - 1, loader.total_steps, cfg.optim)
+        set_lr(optimizer, lr)
+        step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
+        optimizer.zero_grad()
+        tokens = sum(batch.num_tokens for batch in batches)
+        log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
+        profiler.step()
+
+        last = step == loader.total_steps
+        valid_loss = None
+        if valid and (last or (run.eval_every and step % run.eval_every == 0)):
+            with log.paused():
+                held_out = eval_batches(valid, data_cfg=cfg.data, micro_batch_size=run.micro_batch_size)
+                valid_loss = evaluate(model, held_out, device)
+                log.validation(step, valid_loss=valid_loss)
+                show(answer_examples(model, tokenizer, template, samples, **answering), log)
+        improved = run.keep_best and valid_loss is not None and valid_loss < best_loss
+        if last or improved or stop.requested or (run.save_every and step % run.save_every == 0):
+            with log.paused():
+                state = {"data": train.fingerprint, "log": log.state()}
+                kept = {"keep_last": run.keep_last, "valid_loss": valid_loss if run.keep_best else None}
+                save_checkpoint(out, step, params=params, optimizer=optimizer, state=state, config=asdict(cfg), **kept)
+            best_loss = valid_loss if improved else best_loss
+        if stop.requested and not last:
+            log.print(f"stopped after step {step}; go on with run.resume=auto")
+            sys.exit(stop.exit_code)
+    profiler.close()
+
+    # ---- Result: the adapter as a PEFT directory, read back and compared before it is called done.
+    if run.keep_best and (best := best_checkpoint(out)[1]):
+        load_checkpoint(best, params=params, optimizer=optimizer, unchanged={})
+        log.print(f"exporting {best}, the lowest validation loss")
+    if scored:
+        accuracy, answers = exact_match(model, tokenizer, template, scored, **answering)
+        log.validation(loader.total_steps, exact_match=accuracy)
+        show(answers[: run.sample_rows], log)
+    if cfg.model.weights != "random":
+        added = tokenizer if tokenizer.added else None
+        save_adapter(model, spec, out / "adapter", base_path=str(path), tokenizer=added, replace_existing=True)
+        log.print(f"saved and verified: {verify_adapter(model, spec, out / 'adapter')}")
+    log.close()
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -1,0 +1,64 @@
+"""The baseline of scripts/bench.py: the same LoRA step with transformers + peft, random weights, fully supervised rows.
+
+    python scripts/baselines/hf_peft.py --config DIR --max_seq_len 2048 --global_batch_size 4 --activation_checkpointing none
+
+DIR holds a config.json. Prints one JSON object: tokens/s (median of 10 steps after 5), peak allocated GiB, first and last loss.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--max_seq_len", type=int, required=True)
+    parser.add_argument("--global_batch_size", type=int, required=True)
+    parser.add_argument("--micro_batch_size", type=int)
+    parser.add_argument("--activation_checkpointing", default="none")
+    parser.add_argument("--quantize", default="none")
+    args = parser.parse_args()
+    if args.quantize != "none":
+        raise SystemExit("error: the baseline has no NF4 base (bitsandbytes is not used here)")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(args.config)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    if args.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True)
+    rates, losses = [], []
+    for _ in range(15):
+        ids = torch.randint(0, 1024, (args.global_batch_size, args.max_seq_len), device="cuda")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        rates.append(ids.numel() / (time.perf_counter() - start))
+    result = {
+        "tokens_per_s": round(statistics.median(rates[5:])),
+        "peak_alloc_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

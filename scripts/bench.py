@@ -1,0 +1,183 @@
+"""Measure recipes on a GPU and append the figures to docs/records.jsonl.
+
+    python scripts/bench.py --list
+    python scripts/bench.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
+
+Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
+a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
+measured: median tokens/s, its spread, and the peak of allocated memory over the whole run. A baseline runs in the same call
+on the same GPU. Leaves out: loading weights from files, and any claim about quality.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+WARMUP_STEPS, MEASURED_STEPS = 5, 10
+
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+MODELS = {"8b": LLAMA_3_1_8B}
+
+
+def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
+    """Split a case's name, method_model_dtype_<seq>x<batch>_<ac|noac>, into a config.json and recipe overrides."""
+    try:
+        method, model, dtype, shape, ac = case.split("_")
+        seq, batch = (int(part) for part in shape.split("x"))
+        config = MODELS[model]
+    except (ValueError, KeyError):
+        raise SystemExit(f"error: case {case!r} is not method_model_dtype_<seq>x<batch>_<ac|noac>, see --list") from None
+    return config, {
+        "model.quantize": "nf4" if dtype == "nf4" else "none",
+        "model.activation_checkpointing": "full" if ac == "ac" else "none",
+        "data.max_seq_len": seq,
+        "run.global_batch_size": batch,
+        "run.micro_batch_size": batch,
+    }
+
+
+CASES = [
+    f"{method}_8b_{dtype}_{shape}_{ac}"
+    for method, dtype in (("lora", "bf16"), ("qlora", "nf4"))
+    for shape in ("2048x4", "8192x1", "2048x1")
+    for ac in ("noac", "ac")
+]
+
+
+def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
+    """A model directory without weights, and one document of at least `num_tokens` tokens."""
+    model = folder / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((REPO / "torchft/assets/tiny_llama" / name).read_bytes())
+    words = [f"{a}{b}" for a in ("north", "river", "stone", "amber", "cedar") for b in ("gate", "field", "ford", "wick")]
+    text = " ".join(words[(i * i + 7 * i) % len(words)] for i in range(num_tokens))  # at least one token a word
+    (folder / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+
+
+def run_recipe(case: str, timeout_s: int) -> dict:
+    """Run one case through the recipe and reduce its log to the figures of a record."""
+    config, overrides = case_overrides(case)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        steps = WARMUP_STEPS + MEASURED_STEPS
+        rows = overrides["run.global_batch_size"] * steps
+        write_inputs(folder, config, 8 * rows * overrides["data.max_seq_len"])  # its one short row is seldom drawn
+        fixed = {
+            "model.path": folder / "model",
+            "model.weights": "random",
+            "lora.rank": 16,
+            "data.train": folder / "text.jsonl",
+            "run.out": folder / "out",
+            "run.max_steps": steps,
+            "run.sample_rows": 0,
+        }
+        args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()]
+        command = [sys.executable, "-m", "torchft", "run", "lora_single_device", *args]
+        subprocess.run(command, check=True, timeout=timeout_s, cwd=REPO)
+        records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+    return reduce_log([r for r in records if "tokens_per_s" in r], overrides)
+
+
+def reduce_log(records: list[dict], overrides: dict) -> dict:
+    """Median and spread of tokens/s after the warm-up; peak memory and loss over the whole run."""
+    rates = [r["tokens_per_s"] for r in records[WARMUP_STEPS:]]
+    shown = " ".join(f"{key}={value}" for key, value in overrides.items())
+    return {
+        "command": f"python scripts/bench.py (lora_single_device model.weights=random lora.rank=16 {shown})",
+        "tokens_per_s": round(statistics.median(rates)),
+        "tokens_per_s_min_max": [round(min(rates)), round(max(rates))],
+        "peak_alloc_gib": round(max(r["peak_memory_gib"] for r in records), 2),
+        "loss_first": records[0]["loss"],
+        "loss_last": records[-1]["loss"],
+    }
+
+
+def run_baseline(name: str, case: str, timeout_s: int) -> dict:
+    """Run scripts/baselines/<name>.py on the case's shapes; it prints one JSON object as its last line."""
+    config, overrides = case_overrides(case)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        args = [f"--{key.split('.')[1]}={value}" for key, value in overrides.items()]
+        command = [sys.executable, str(REPO / "scripts/baselines" / f"{name}.py"), f"--config={folder}", *args]
+        done = subprocess.run(command, check=True, timeout=timeout_s, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment() -> dict:
+    """Where and with what a record was measured."""
+    import torch
+    import triton
+
+    git = subprocess.run(["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = os.environ.get("BENCH_COMMIT") or git.stdout.strip()  # the tree may travel without its history
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "gpu": torch.cuda.get_device_name(),
+        "num_gpus": 1,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", default=[], help="may be repeated; see --list")
+    parser.add_argument("--baseline", action="append", default=[], help="a script in scripts/baselines, e.g. hf_peft")
+    parser.add_argument("--records", type=Path, default=REPO / "docs/records.jsonl", help="JSON lines are appended here")
+    parser.add_argument("--timeout", type=int, default=240, help="seconds per case and per baseline")
+    parser.add_argument("--list", action="store_true", help="print the usual cases")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(CASES))
+        return
+    for case in args.case:
+        try:
+            record = {"case": case, **environment(), **run_recipe(case, args.timeout), "baselines": {}}
+            for name in args.baseline:
+                record["baselines"][name] = run_baseline(name, case, args.timeout)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            print(f"{case}: FAILED, nothing recorded: {error}", flush=True)
+            continue
+        with args.records.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        print(f"{case}: {record['tokens_per_s']:,} tokens/s, {record['peak_alloc_gib']} GiB", record["baselines"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Makes what `make demo` runs on: a tiny Llama with its tokenizer, pre-trained here, and an instruction set for it.
+
+    python scripts/make_tiny_llama.py                # everything, into torchft/assets: a few minutes on an H200
+    python scripts/make_tiny_llama.py --evaluate     # only print the figures of what is in --out
+    python scripts/make_tiny_llama.py --out /tmp/try --steps 250 --rows 8 --documents 20000   # a trial on a CPU
+
+The text comes from scripts/tiny_text.py, a pure function of the seed; a part of it (documents named "held_out") is
+never trained on. The base is measured against a bigram model of the same training text, and against the instruction
+set, which it must not solve: that is left to the LoRA. The READMEs beside the files hold the figures of those bundled.
+
+Left out: dropout, several GPUs, resuming. The model has 3 million parameters and trains in minutes.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import tiny_text
+import tiny_world
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from torchft.generate import generate
+from torchft.models import build_model
+from torchft.modules.transformer import CausalLM
+
+ASSETS = Path(__file__).resolve().parent.parent / "torchft" / "assets"
+BOS, START, END = "<|begin_of_text|>", "<|start|>", "<|end|>"  # ids 0, 1, 2
+CONTEXT = 512  # tokens; three examples and a question of the instruction set take about 400
+VOCAB_SIZE = (
+    1280  # every kind of goods is one token, every name two or three: pieces that names of all shares have in common
+)
+HELD_OUT_DOCUMENTS = 1000
+TRAIN_ROWS, VALID_ROWS = 2400, 300  # of the instruction set
+# Every linear has a multiple of 4 x 16,384 elements, so that NF4 works on its shards over up to 4 ranks (DESIGN D10).
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{%- if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{- raise_exception('this model knows the roles system, user and assistant, not ' + message.role) }}"
+    "{%- endif %}"
+    "{{- '<|start|>' + message.role + '\\n' + message.content | trim + '<|end|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant\\n' }}{%- endif %}"
+)
+
+
+def render(document: str | list[dict[str, str]], *, to_answer: bool = False) -> str:
+    """A document as the model reads it; messages as CHAT_TEMPLATE does, `to_answer` with the head of the next turn."""
+    if isinstance(document, str):
+        return f"{BOS}{document}{END}"
+    turns = [f"{START}{message['role']}\n{message['content']}{END}" for message in document]
+    return BOS + "".join(turns) + (f"{START}assistant\n" if to_answer else "")
+
+
+def train_tokenizer(documents: list[str]) -> Tokenizer:
+    """Byte-level BPE; words, single digits and runs of marks are kept apart, as by Llama 3, which groups digits."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[BOS, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    pieces = (piece for text in documents for piece in text.replace(BOS, "").replace(START, "").split(END))
+    tokenizer.train_from_iterator(pieces, trainer)
+    assert [tokenizer.token_to_id(token) for token in (BOS, START, END)] == [0, 1, 2]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[torch.Tensor]:
+    """Ids of rendered documents, whose control tokens are read as such: the text is our own."""
+    encoded = []
+    for first in range(
+        0, len(texts), 10_000
+    ):  # encode_batch holds offsets and strings of all it is given: 10 x the ids
+        batch = tokenizer.encode_batch_fast(texts[first : first + 10_000], add_special_tokens=False)
+        encoded += [torch.tensor(item.ids, dtype=torch.int32) for item in batch]
+    return encoded
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """A linear warm-up over the first 5%, then a cosine down to a twentieth of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def pretrain(model: CausalLM, tokens: torch.Tensor, *, steps: int, rows: int, peak_lr: float, seed: int) -> None:
+    """Next-token training on windows of the stream `tokens` (N,), `rows` of them a step, each window once an epoch."""
+    windows = tokens.unfold(0, CONTEXT + 1, CONTEXT)  # (windows, CONTEXT + 1); neighbours share one token
+    assert len(windows) >= rows, (len(windows), rows)
+    order = torch.Generator().manual_seed(seed)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), fused=True)
+    permutation, start = torch.empty(0, dtype=torch.int64), time.perf_counter()
+    for step in range(steps):
+        if len(permutation) < rows:
+            permutation = torch.randperm(len(windows), generator=order)
+        batch = windows[permutation[:rows].to(windows.device)].long()  # (rows, CONTEXT + 1)
+        permutation = permutation[rows:]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_lr)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+            logits = model(batch[:, :-1])  # (rows, CONTEXT, VOCAB_SIZE): few enough to hold
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49 or step == steps - 1:
+            seconds = time.perf_counter() - start
+            speed, left = (step + 1) * rows * CONTEXT / seconds, seconds / (step + 1) * (steps - step - 1)
+            print(
+                f"step {step + 1}/{steps}  loss {loss.item():.4f}  {speed:,.0f} tokens/s  {left:.0f} s left", flush=True
+            )
+
+
+def bigram_log_probs(documents: list[torch.Tensor]) -> torch.Tensor:
+    """(V, V) fp64: log p(next | token), interpolated Kneser-Ney (Ney, Essen and Kneser 1994).
+
+    The discount is their estimate from how many pairs occur once and twice.
+    """
+    pairs = torch.cat([ids[:-1].long() * VOCAB_SIZE + ids[1:].long() for ids in documents])
+    counts = torch.bincount(pairs, minlength=VOCAB_SIZE**2).view(VOCAB_SIZE, VOCAB_SIZE).double()
+    ones, twos = (counts == 1).sum(), (counts == 2).sum()
+    discount = ones / (ones + 2 * twos)
+    kinds = (counts > 0).double()
+    continuation = (kinds.sum(0) + 1) / (kinds.sum() + VOCAB_SIZE)  # + 1: no token has probability zero
+    total = counts.sum(1, keepdim=True)
+    backed_off = discount * kinds.sum(1, keepdim=True) * continuation
+    seen = ((counts - discount).clamp(min=0) + backed_off) / total.clamp(min=1)
+    return torch.where(total > 0, seen, continuation).log()
+
+
+def bigram_loss(log_probs: torch.Tensor, documents: list[torch.Tensor]) -> float:
+    """Nats per token over `documents`; as in `model_loss`, the begin token is given."""
+    total = sum(log_probs[ids[:-1].long(), ids[1:].long()].sum() for ids in documents)
+    return -float(total) / sum(len(ids) - 1 for ids in documents)
+
+
+@torch.no_grad()
+def model_loss(model: CausalLM, documents: list[torch.Tensor]) -> float:
+    """Nats per token over `documents`, each on its own from its begin token, cut at CONTEXT."""
+    device = model.lm_head.weight.device
+    total, count = 0.0, 0
+    for first in range(0, len(documents), 50):
+        batch = [ids[: CONTEXT + 1].long() for ids in documents[first : first + 50]]
+        # Padding is on the right, where no token of the text looks.
+        inputs = torch.nn.utils.rnn.pad_sequence([ids[:-1] for ids in batch], batch_first=True)
+        labels = torch.nn.utils.rnn.pad_sequence([ids[1:] for ids in batch], batch_first=True, padding_value=-100)
+        total += model(inputs.to(device), labels=labels.to(device)).item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def exact_match(model: CausalLM, tokenizer: Tokenizer, rows: list[dict], shots: list[list[dict]]) -> float:
+    """Share of `rows` answered to the letter by greedy decoding, each after its own `shots`: solved rows as turns."""
+    prompts, answers = [], []
+    for row, solved in zip(rows, shots, strict=True):
+        earlier = [message for shot in solved for message in shot["messages"]]
+        prompts.append(render(earlier + row["messages"][:-1], to_answer=True))
+        answers.append(row["messages"][-1]["content"])
+    ids = [prompt.tolist() for prompt in encode(tokenizer, prompts)]
+    right = 0
+    for first in range(0, len(ids), 50):
+        replies = generate(model, ids[first : first + 50], max_new_tokens=64, stop_ids={tokenizer.token_to_id(END)})
+        right += sum(tokenizer.decode(reply) == answer for reply, answer in zip(replies, answers[first:], strict=False))
+    return right / len(rows)
+
+
+def evaluate(
+    model: CausalLM, tokenizer: Tokenizer, documents: list[torch.Tensor], skill: Path, seed: int
+) -> dict[str, float]:
+    """The figures that make the demo honest: what the base knows of its own text, and that it cannot do the skill."""
+    held_out = encode(tokenizer, [render(tiny_text.document(f"held_out/{seed}", i)) for i in range(HELD_OUT_DOCUMENTS)])
+    train, valid = (
+        [json.loads(line) for line in (skill / f"{part}.jsonl").read_text().splitlines()] for part in ("train", "valid")
+    )
+    pick = random.Random(seed)
+    bigram, base = bigram_loss(bigram_log_probs(documents), held_out), model_loss(model, held_out)
+    return {
+        "training tokens": sum(len(ids) for ids in documents),
+        "held-out tokens": sum(len(ids) - 1 for ids in held_out),
+        "bigram loss on the held-out text": bigram,
+        "base loss on the held-out text": base,
+        "base below bigram": 1 - base / bigram,
+        "base exact match, no example": exact_match(model, tokenizer, valid, [[] for _ in valid]),
+        "base exact match, 3 examples": exact_match(model, tokenizer, valid, [pick.sample(train, 3) for _ in valid]),
+    }
+
+
+def save_model(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    """The Hugging Face directory; weights in bf16, the tied head once."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: t.to("cpu", torch.bfloat16).contiguous()
+        for name, t in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(out / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": END,
+        "model_max_length": CONTEXT,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    generation_config = {"bos_token_id": 0, "eos_token_id": 2, "do_sample": False}
+    for name, content in (
+        ("config", HF_CONFIG),
+        ("tokenizer_config", tokenizer_config),
+        ("generation_config", generation_config),
+    ):
+        (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_skill(out: Path, seed: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for share, count in (("train", TRAIN_ROWS), ("valid", VALID_ROWS)):
+        rows = tiny_world.skill_rows(share, f"skill/{seed}", count)
+        (out / f"{share}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=ASSETS, help="holds tiny_llama/ and tiny_sft/ (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="train nothing; print the figures of the files in --out"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of text, weights and order (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=150_000, help="training documents of about 165 tokens (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=64, help=f"windows of {CONTEXT} tokens in a step (default: %(default)s)"
+    )
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    model_dir, skill_dir = args.out / "tiny_llama", args.out / "tiny_sft"
+    texts = [render(tiny_text.document(f"pretrain/{args.seed}", index)) for index in range(args.documents)]
+    print(f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
+    model = build_model(HF_CONFIG)
+    if args.evaluate:
+        tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        documents = encode(tokenizer, texts)
+    else:
+        save_skill(skill_dir, args.seed)
+        tokenizer = train_tokenizer(texts[:20_000])
+        documents = encode(tokenizer, texts)
+        model.init_weights(torch.Generator().manual_seed(args.seed))
+        model.to(args.device)
+        tokens = torch.cat(documents).to(args.device)
+        pretrain(model, tokens, steps=args.steps, rows=args.rows, peak_lr=args.lr, seed=args.seed)
+        save_model(model, tokenizer, model_dir)
+    weights = load_file(model_dir / "model.safetensors")
+    model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
+    figures = evaluate(model.to(args.device).eval(), tokenizer, documents, skill_dir, args.seed)
+    print(
+        "\n".join(
+            f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}"
+            for name, value in figures.items()
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

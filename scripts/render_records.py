@@ -1,0 +1,64 @@
+"""Render docs/records.jsonl, one object per measured run, as the tables of docs/RECORDS.md.
+
+    python scripts/render_records.py            # rewrite docs/RECORDS.md
+    python scripts/render_records.py --check    # exit 1 where it is not what the records say (a test does this)
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+HEADER = """# Records
+
+What was measured, newest first. One row is one run of a recipe by `scripts/bench.py`, which writes `docs/records.jsonl`; this page is
+rendered from it by `scripts/render_records.py`. A case is named method_model_dtype_sequence x rows_ac|noac; the method is
+the recipe's own loop with `model.weights=random` and fully supervised rows. tokens/s: median of 10 steps after 5 (min to max).
+Memory: peak of allocated GPU memory over the whole run. Baselines ran in the same call on the same GPU.
+
+To run a row again: `git checkout COMMIT && python scripts/bench.py --case CASE --baseline hf_peft`.
+
+| case | tokens/s (min to max) | peak GiB | loss first, last | baseline: tokens/s, GiB (ours / theirs) | GPU | versions | date, commit |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def row(record: dict) -> str:
+    """One table row. Ratios are our tokens/s over the baseline's."""
+    low, high = record["tokens_per_s_min_max"]
+    baselines = ", ".join(
+        f"{name}: {b['tokens_per_s']:,}, {b['peak_alloc_gib']} ({record['tokens_per_s'] / b['tokens_per_s']:.2f}x)"
+        for name, b in record["baselines"].items()
+    )
+    versions = " ".join(f"{name} {version}" for name, version in record["versions"].items())
+    cells = [
+        f"`{record['case']}`",
+        f"{record['tokens_per_s']:,} ({low:,} to {high:,})",
+        f"{record['peak_alloc_gib']:.2f}",
+        f"{record['loss_first']:.3f}, {record['loss_last']:.3f}",
+        baselines or "none",
+        f"{record['num_gpus']} x {record['gpu']}",
+        versions,
+        f"{record['date']}, {record['commit']}",
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def render() -> str:
+    """The whole page."""
+    records = [json.loads(line) for line in (DOCS / "records.jsonl").read_text().splitlines() if line.strip()]
+    return HEADER + "".join(row(record) for record in reversed(records))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    page = DOCS / "RECORDS.md"
+    if parser.parse_args().check:
+        sys.exit(0 if page.exists() and page.read_text() == render() else "docs/RECORDS.md is stale: run scripts/render_records.py")
+    page.write_text(render())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What every test runs under: offline, a cache of its own, one torch thread per worker, GPU tests only with a GPU."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Before torch and the Hugging Face libraries are imported, which read these once.
+_cache = tempfile.TemporaryDirectory(prefix="torchft-test-cache-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
+os.environ["HF_HOME"] = _cache.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "HF_TOKEN"):
+    os.environ.pop(_name, None)
+# Tests start processes that import torchft too: they get this tree, and not one that is installed somewhere else.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH", "")]))
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of this tree."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real tokenizers, templates and data beside the project (../shared/data); the project does without them."""
+    path = REPO.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"real data is not at {path}")
+    return path

@@ -1,0 +1,88 @@
+"""The account that `tune data` prints, and examples with what is trained marked."""
+
+import io
+import re
+
+import numpy as np
+from byte_tokenizer import row
+
+from torchft.config import DataConfig, RunConfig
+from torchft.data.loader import Loader
+from torchft.data.report import render_example, report, wants_color
+
+
+def test_the_report_accounts_for_every_row_and_token(build, tmp_path):
+    rows = [row("q", "a" * n, extra=1) for n in (1, 2, 3, 4)] + [row("q", None)] * 7 + [row("q", "x" * 40)]
+    dataset = build(
+        rows, [row("q", "a")], sources=({}, {"weight": 2.0}), max_seq_len=16, max_bad_rows=0.7, truncation="right"
+    )
+    cfg = DataConfig(max_seq_len=16)
+    loader = Loader(dataset, cfg, RunConfig(global_batch_size=2, micro_batch_size=2))
+    text = report(dataset, loader).replace(f"{tmp_path}/", "")
+    assert (
+        text
+        == """\
+data.train[0]  0t.jsonl
+  format      instruct (question, answer)
+  rows        12 read: 5 used, 7 dropped
+  dropped     7 null "answer"
+                0t.jsonl:5
+                0t.jsonl:6
+                0t.jsonl:7
+                0t.jsonl:8
+                0t.jsonl:9
+                and 2 more
+  note        1 x cut at data.max_seq_len
+  not read    columns extra
+  tokens      42 in 5 examples, 27 trained (64.3%)
+  length      5 to 16 tokens, median 7, 90% up to 16, 99% up to 16
+data.train[1]  1t.jsonl
+  format      instruct (question, answer)
+  rows        1 read: 1 used, 0 dropped
+  weight      2: a row is used 2 times per epoch on average
+  tokens      5 in 1 examples, 2 trained (40.0%)
+  length      5 to 5 tokens, median 5, 90% up to 5, 99% up to 5
+all together
+  tokens      47 in 6 examples, 29 trained (61.7%)
+  length      5 to 16 tokens, median 6, 90% up to 16, 99% up to 16
+4 rows of 16 tokens, 81.2% filled, 1.8 examples each, in 1 epoch(s)
+2 optimizer steps, 2 per epoch, 3.5 examples per step
+2 rows per step = 1 process(es) x 1 micro-batch(es) x 2 row(s)"""
+    )
+
+
+def test_a_part_without_examples_of_a_source_says_so_and_the_cache_is_named(build):
+    dataset = build([row("q", "a")], [row("q", "b")], use_cache=True)
+    again = build([row("q", "a")], [row("q", "b")], use_cache=True)
+    assert "tokens read" not in report(dataset)
+    assert re.search(r"\ntokens read from .*/torchft/tokens/[0-9a-f]{64}\.safetensors$", report(again))
+    assert "none: no example of it is in this part" in report(dataset.select(np.array([1])))
+
+
+TURNS = [("user", "q\n"), ("assistant", "one é"), ("user", "\x1b[2Jq"), ("assistant", "two")]
+
+
+def test_an_example_shows_control_tokens_by_name_and_marks_what_is_trained(build, byte_model, tmp_path):
+    dataset = build([{"messages": [{"role": role, "content": text} for role, text in TURNS]}])
+    plain = render_example(dataset, 0, byte_model[0], color=False).replace(f"{tmp_path}/", "")
+    # an escape sequence of the data is spelled out: the terminal must not obey it
+    assert plain == "--- 0t.jsonl:1: 22 tokens, 11 trained ---\n<s>q\n<a>{+one é<e>+}<s>\\x1b[2Jq<a>{+two<e>+}"
+    colored = render_example(dataset, 0, byte_model[0], color=True).split("\n", 1)[1]
+    green, bold, dim, off = "\x1b[32m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
+    assert colored == (
+        f"{dim}<s>{off}q\n{dim}<a>{off}{green}one é{off}{green}{bold}<e>{off}"
+        f"{dim}<s>{off}\\x1b[2Jq{dim}<a>{off}{green}two{off}{green}{bold}<e>{off}"
+    )
+
+
+def test_colour_is_for_terminals_without_no_color(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert wants_color(Terminal()) and not wants_color(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "")  # the convention: empty means unset
+    assert wants_color(Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_color(Terminal())

@@ -1,0 +1,199 @@
+"""The recipe as a whole: what it writes, that it can be stopped anywhere, that cutting a step differently changes nothing."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from torchft.metrics import DETERMINISTIC_FIELDS
+from torchft.parse import parse
+from torchft.recipes import lora_single_device as recipe
+
+STEPS = 7
+
+
+def options(model: Path, data: Path, out: Path, *more: str) -> recipe.Config:
+    """A run of 7 steps in two epochs (4 and 3 steps by max_steps), 3 rows a step in as many micro-batches."""
+    fixed = [f"model.path={model}", "model.dtype=float32", f"data.train={data}", f"run.out={out}", "data.packing=false"]
+    fixed += ["data.max_seq_len=64", "run.epochs=2", f"run.max_steps={STEPS}", "run.global_batch_size=6"]
+    fixed += ["lora.rank=4", "lora.alpha=12", "lora.dropout=0.1", "optim.lr=0.01", "optim.warmup_steps=2"]
+    fixed += ["run.micro_batch_size=2", "run.max_new_tokens=4", "run.sample_rows=1"]
+    return parse(recipe.Config, fixed + list(more))
+
+
+def log_records(out: Path) -> list[dict]:
+    """The deterministic fields of the log."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: record[name] for name in DETERMINISTIC_FIELDS if name in record} for record in records]
+
+
+def test_run_trains_and_exports(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    recipe.main(options(small_model, chat_data, tmp_path, "data.valid_fraction=0.25", "run.eval_every=3"))
+    losses = [record["loss"] for record in log_records(tmp_path) if "loss" in record]
+    assert len(losses) == STEPS - 1 or len(losses) == STEPS  # 18 rows: 3 steps an epoch, 6 in all
+    assert losses[-1] < losses[0] - 0.1
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 12)
+    assert all(tensor.abs().max() > 0 for tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").values())
+
+
+def killed_run(cfg: recipe.Config, micro_batch: int) -> None:
+    """Run the recipe and die without warning before its `micro_batch`-th forward."""
+    torch.set_num_threads(1)
+    original, count = recipe.batch_loss, 0
+
+    def dying(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == micro_batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(model, batch)
+
+    recipe.batch_loss = dying
+    recipe.main(cfg)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_killed_anywhere_continues_bit_for_bit(small_model: Path, chat_data: Path, tmp_path: Path, optimizer: str) -> None:
+    """Killed at a step's first micro-batch, in the middle of accumulation, around the epoch's end and twice in a row."""
+    often = ("run.save_every=1", "run.resume=auto", "run.keep_last=1", f"optim.name={optimizer}")
+    straight = tmp_path / "straight"
+    recipe.main(options(small_model, chat_data, straight, *often))
+    expected = {path.name: path.read_bytes() for path in (straight / f"step_{STEPS:06d}").iterdir()}
+    context = multiprocessing.get_context("spawn" if optimizer == "adamw_8bit" else "fork")
+    for points in [(1,), (5, 3), (12,), (14, 2)] if optimizer == "adamw" else [(8,)]:
+        out = tmp_path / f"killed_{'_'.join(map(str, points))}"
+        cfg = options(small_model, chat_data, out, *often)
+        for point in points:
+            child = context.Process(target=killed_run, args=(cfg, point))
+            child.start()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+        recipe.main(cfg)
+        for name in ("params.safetensors", "optimizer.safetensors", "rng.safetensors"):
+            assert (out / f"step_{STEPS:06d}" / name).read_bytes() == expected[name], (points, name)
+        assert log_records(out) == log_records(straight), points
+        adapter = Path("adapter/adapter_model.safetensors")
+        assert (out / adapter).read_bytes() == (straight / adapter).read_bytes()
+
+
+def step_gradients(cfg: recipe.Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The gradients that the recipe's first step hands to clipping."""
+    seen: dict[str, torch.Tensor] = {}
+    original = recipe.clip_and_check
+
+    def spy(params: dict[str, torch.nn.Parameter], max_norm: float, loss: torch.Tensor) -> tuple:
+        seen.update({name: param.grad.clone() for name, param in params.items()} if not seen else {})
+        return original(params, max_norm, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "clip_and_check", spy)
+        recipe.main(cfg)
+    return seen
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest ||g - g'|| / ||g'|| over the tensors; tiny ones are held against the norm of all (DESIGN D6)."""
+    total = torch.stack([g.norm() for g in expected.values()]).norm()
+    largest = max(g.norm() for g in expected.values())
+    errors = []
+    for name, g in expected.items():
+        scale = g.norm() if g.norm() >= 1e-6 * largest else total
+        errors.append(((found[name] - g).norm() / scale).item())
+    return max(errors)
+
+
+@pytest.mark.parametrize("change", ["micro_batch_size=1", "micro_batch_size=4", "micro_batch_size=8", "packing", "checkpointing"])
+def test_one_step_whatever_way_it_is_cut(
+    small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """8 rows of uneven length as 1, 2, 4 or 8 micro-batches, packed or recomputed: one gradient to 1e-5."""
+    base = ["lora.dropout=0", "run.global_batch_size=8", "run.max_steps=1", "data.max_seq_len=1024"]
+    more = {
+        "packing": ["data.packing=true", "run.global_batch_size=1"],
+        "checkpointing": ["model.activation_checkpointing=full", "model.offload_activations=true"],
+    }.get(change, [f"run.{change}"])
+    if change == "packing":  # the whole data as one packed row, against all of it as rows of their own
+        base[1] = "run.global_batch_size=24"
+    expected = step_gradients(options(small_model, chat_data, tmp_path / "a", *base), monkeypatch)
+    # B starts at zero, so A has no gradient yet: what is compared are the gradients of B
+    expected = {name: g for name, g in expected.items() if "lora_B" in name}
+    found = step_gradients(options(small_model, chat_data, tmp_path / "b", *base, *more), monkeypatch)
+    assert expected and relative_error(found, expected) <= 1e-5
+
+
+def test_stop_signal_saves_and_exits(small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    original = recipe.batch_loss
+
+    def terminate(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # in the middle of step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, batch)
+
+    monkeypatch.setattr(recipe, "batch_loss", terminate)
+    with pytest.raises(SystemExit) as exit_info:
+        recipe.main(options(small_model, chat_data, tmp_path))
+    assert exit_info.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "step_000002/manifest.json").exists()
+
+
+def test_not_finite_stops_the_run_and_names_the_step(
+    small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    original = recipe.batch_loss
+
+    def poisoned(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(model, batch) * (float("nan") if calls == 8 else 1.0)  # in step 3
+
+    monkeypatch.setattr(recipe, "batch_loss", poisoned)
+    with pytest.raises(ValueError, match="step 3"):
+        recipe.main(options(small_model, chat_data, tmp_path, "run.save_every=1"))
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000001", "step_000002"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.quantize=nf4"],
+        ["lora.dora=true"],
+        ["lora.rslora=true", "lora.modules_to_save=[embed_tokens,lm_head]"],
+        ["lora.new_tokens=['<|a|>','<|b|>']"],
+        ["model.dtype=bfloat16", "data.packing=true"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_variants_train(small_model: Path, chat_data: Path, tmp_path: Path, more: list[str]) -> None:
+    recipe.main(options(small_model, chat_data, tmp_path, *more))
+    losses = [record["loss"] for record in log_records(tmp_path) if "loss" in record]
+    assert losses[-1] < losses[0]
+
+
+def test_continues_from_an_adapter(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """A second run that starts from the first one's adapter begins where that one ended, with its rank."""
+    recipe.main(options(small_model, chat_data, tmp_path / "a"))
+    recipe.main(options(small_model, chat_data, tmp_path / "b", f"lora.adapter={tmp_path / 'a/adapter'}"))
+    first, second = ([r["loss"] for r in log_records(tmp_path / name) if "loss" in r] for name in ("a", "b"))
+    assert second[0] < first[0] - 0.1
+
+
+def test_keep_best_exports_the_lowest_validation_loss(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """With a learning rate that soon diverges the last step is not the best one."""
+    more = ["data.valid_fraction=0.25", "run.eval_every=1", "run.keep_best=true", "run.keep_last=1", "optim.lr=0.3"]
+    recipe.main(options(small_model, chat_data, tmp_path, *more))
+    losses = {r["step"]: r["valid_loss"] for r in log_records(tmp_path) if "valid_loss" in r}
+    best = min(losses, key=losses.get)
+    assert best < max(losses)
+    kept = load_file(tmp_path / f"step_{best:06d}/params.safetensors")
+    exported = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(exported["base_model.model." + name], tensor) for name, tensor in kept.items())

@@ -1,0 +1,232 @@
+"""The command `tune`: ls, cp, cat, names that torchtune had, help and speed (D2, PITFALLS U2)."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchft import cli
+from torchft.names import (
+    CONFIGS,
+    RECIPES,
+    config_names,
+    configs_for,
+    find_config,
+    find_recipe,
+    nearest_option,
+    recipe_names,
+)
+
+COMMANDS = ["ls", "cp", "cat", "run", "download", "validate", "data", "merge", "generate"]
+
+
+def tune(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command, run in this process."""
+    try:
+        cli.main(list(argv))
+        code = 0
+    except SystemExit as left:
+        code = left.code or 0
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_ls_lists_every_recipe_and_every_config_by_its_whole_name(capsys):
+    code, out, _ = tune(capsys, "ls")
+    words = out.split()
+    assert code == 0
+    assert "lora_single_device" in words and "tiny/lora" in words and "llama3_1/8B_qlora" in words
+    for name in [*recipe_names(), *config_names()]:
+        assert words.count(name) == 1, name
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_configs_come_by_size_and_go_with_their_recipes():
+    names = config_names()
+    assert names.index("qwen2_5/7B_lora") < names.index("qwen2_5/14B_lora") < names.index("qwen2_5/72B_lora")
+    assert {"tiny/lora", "tiny/qlora", "mistral/small_24B_qlora"} <= set(configs_for("lora_single_device"))
+    assert configs_for("lora_distributed") == configs_for("lora_single_device")
+    assert configs_for("dpo_distributed") == [name for name in names if name.endswith("dpo")]
+
+
+def test_cat_prints_the_file(capsys):
+    assert tune(capsys, "cat", "tiny/lora")[1] == (CONFIGS / "tiny/lora.yaml").read_text()
+    assert tune(capsys, "cat", "lora_single_device")[1] == (RECIPES / "lora_single_device.py").read_text()
+
+
+def test_cp_never_overwrites_without_force(capsys, tmp_path):
+    target = tmp_path / "mine.yaml"
+    assert tune(capsys, "cp", "tiny/lora", str(target)) == (0, f"tiny/lora -> {target}\n", "")
+    assert target.read_text() == (CONFIGS / "tiny/lora.yaml").read_text()
+    target.write_text("precious")
+    code, _, err = tune(capsys, "cp", "tiny/qlora", str(target))
+    assert code == 1 and "is there already" in err and "--force" in err
+    assert target.read_text() == "precious"
+    assert tune(capsys, "cp", "tiny/qlora", str(target), "--force")[0] == 0
+    assert target.read_text() == (CONFIGS / "tiny/qlora.yaml").read_text()
+
+
+def test_cp_takes_the_exact_name_or_a_directory(capsys, tmp_path):
+    for name, target, made in (
+        ("tiny/lora", "a.b", "a.b"),
+        ("tiny/lora", ".", "lora.yaml"),
+        ("lora_single_device", ".", "lora_single_device.py"),
+        ("lora_finetune_single_device", "x", "x"),
+    ):
+        assert tune(capsys, "cp", name, str(tmp_path / target))[0] == 0
+        assert (tmp_path / made).is_file()
+
+
+def test_cp_says_what_is_wrong(capsys, tmp_path):
+    code, _, err = tune(capsys, "cp", "tiny/lora", str(tmp_path / "no" / "where.yaml"))
+    assert code == 1 and "where.yaml cannot be written: No such file or directory" in err
+    source = tmp_path / "own.yaml"
+    source.write_text("own")
+    code, _, err = tune(capsys, "cp", str(source), str(source), "--force")
+    assert code == 1 and "is the file to be copied" in err and source.read_text() == "own"
+    assert tune(capsys, "cp", "lora_single_devise", "x")[2].endswith(
+        "did you mean lora_single_device?, or give the path of a .py file\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "old, ours",
+    [
+        ("llama3_1/8B_lora", "llama3_1/8B_lora"),
+        ("llama3_1/8B_lora_single_device", "llama3_1/8B_lora"),
+        ("llama3_1/8B_qlora_single_device", "llama3_1/8B_qlora"),
+        ("llama3_2/1B_qlora_single_device", "llama3_2/1B_qlora"),
+        ("llama2/13B_qlora_single_device", "llama2/13B_qlora"),
+        ("qwen2_5/0_5B_lora_single_device", "qwen2_5/0.5B_lora"),
+        ("qwen2_5/1.5B_lora_single_device", "qwen2_5/1.5B_lora"),
+        ("qwen3/0.6B_lora", "qwen3/0.6B_lora"),
+        ("mistral/7B_lora_single_device", "mistral/7B_lora"),
+    ],
+)
+def test_torchtunes_config_names(old, ours):
+    assert find_config(old) == CONFIGS / f"{ours}.yaml"
+
+
+def test_torchtunes_recipe_names():
+    assert find_recipe("lora_finetune_single_device") == RECIPES / "lora_single_device.py"
+    for name, target in (
+        ("lora_finetune_distributed", "lora_distributed"),
+        ("full_dpo_distributed", "dpo_distributed"),
+    ):
+        if target in recipe_names():
+            assert find_recipe(name) == RECIPES / f"{target}.py"
+        else:
+            with pytest.raises(ValueError, match=f"torchtune's name for {target}, .*recipes: .*lora_single_device"):
+                find_recipe(name)
+
+
+def test_unknown_names_get_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (
+        ("llama3_1/8B_lore", "did you mean llama3_1/8B_lora?"),
+        ("llama3_1/8B_lora.yaml", "did you mean the shipped config llama3_1/8B_lora?"),
+        ("llama3_1/8B_lora_single_devise", "did you mean llama3_1/8B_"),
+        ("nonsense", "tune ls"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            find_config(name)
+        assert words in str(caught.value), name
+    with pytest.raises(ValueError, match="did you mean lora_single_device"):
+        find_recipe("lora_single")
+    assert nearest_option("lora_rank", ["lora.rank", "optim.lr"]) == "lora.rank"
+
+
+def test_a_file_wins_where_no_config_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("")
+    Path("tiny").mkdir()
+    Path("tiny/lora").write_text("")
+    assert find_config("mine") == Path("mine")
+    assert find_config("tiny/lora") == CONFIGS / "tiny/lora.yaml"
+    assert find_config("./tiny/lora") == Path("./tiny/lora")
+
+
+# ---------------------------------------------------------------------------------------------------------- help and speed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_that_parses(command, capsys):
+    code, out, _ = tune(capsys, command, "--help")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 120
+    if command == "run":
+        assert "tune run lora_single_device --config tiny/lora" in out
+        return
+    example = out.strip().splitlines()[-1]
+    assert example.startswith(f"example: tune {command}")
+    arguments = [word.strip('"') for word in example.replace('"Who are you?"', "hello").split()[2:]]
+    cli._parser().parse_args(arguments)
+
+
+def test_the_help_names_every_command(capsys):
+    _, out, _ = tune(capsys, "--help")
+    for command in COMMANDS:
+        assert f"\n    {command} " in out
+
+
+def test_no_command_and_a_wrong_one(capsys):
+    assert tune(capsys)[0] == 2
+    code, _, err = tune(capsys, "frobnicate")
+    assert code == 2 and "choose from" in err
+
+
+PROBE = """
+import sys
+from torchft.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+heavy = {"torch", "omegaconf", "huggingface_hub", "tokenizers"} & set(sys.modules)
+print("heavy:", sorted(heavy), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["ls"], ["cat", "tiny/lora"], ["run", "--help"]])
+def test_quick_commands_import_nothing_heavy(argv):
+    run = subprocess.run([sys.executable, "-c", PROBE, *argv], capture_output=True, text=True, check=True)
+    assert run.stderr == "heavy: []\n"
+
+
+def test_a_typo_in_a_config_is_found_without_torch(tmp_path):
+    (tmp_path / "c.yaml").write_text("lora: {rnak: 8}")
+    run = subprocess.run([sys.executable, "-c", PROBE, "validate", tmp_path / "c.yaml"], capture_output=True, text=True)
+    assert "did you mean lora.rank?" in run.stderr
+    assert "'torch'" not in run.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "ls"])
+def test_help_and_ls_take_less_than_half_a_second(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "torchft", command], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # processor time, not the clock's: other tests run beside this one
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_a_closed_pipe_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-m", "torchft", "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+
+
+def test_another_owner_of_the_name_is_told(capsys, tmp_path, monkeypatch):
+    info = tmp_path / "torchtune-0.6.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchtune\nVersion: 0.6\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _, out, err = tune(capsys, "ls")
+    assert err.count("\n") == 1 and "torchtune is installed here and owns the command `tune` too" in err
+    assert "note" not in out

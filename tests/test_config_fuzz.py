@@ -1,0 +1,80 @@
+"""Hundreds of broken and hostile configs: one clear error each, nothing imported (PITFALLS S1, 2c)."""
+
+import random
+import sys
+import time
+from pathlib import Path
+
+from some_config import NAMES, NEEDED, Config, read, refused
+
+from torchft.errors import ConfigError
+from torchft.parse import flatten, read_config
+
+HOSTILE = ["os.system", "torch.hub.load", "builtins.eval", "__import__", "..config", "subprocess.Popen", "posix.fork"]
+VALUES = [  # each is written behind `key: `
+    *("null", "true", "-1", "0", "1e309", ".inf", "-.nan", "9" * 400, "0x10", "1_000", "''", '"\\u0000"', "[]", "{}", "[[[]]]"),
+    *("${oc.env:HOME}", "${run.seed}", "${", "???", "*x", "&x 1", "!!python/name:os.system", "!!binary aGk=", "é\u202e\ud7ff"),
+    *("x" * 3000, "| \n  a", "{path: 1, weight: x}", "[a, 1, null]", "2024-01-01", "~", "<<", "1:30", "'", '"', "%", "@", "`"),
+]  # fmt: skip
+
+
+def fuzzed(rng: random.Random) -> str:
+    """A config with a few things wrong: keys misspelt, renamed, moved, doubled or hostile; values of another kind."""
+    lines = ["model: {path: m}", "data: {train: a.jsonl}"] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 4)):
+        group, _, leaf = rng.choice(NAMES).rpartition(".")
+        value = rng.choice(VALUES)
+        kind = rng.randrange(8)
+        if kind == 0:
+            leaf = leaf[:-1] if len(leaf) > 1 else leaf + "x"
+        elif kind == 1:
+            leaf = leaf + rng.choice(["s", "_", " ", "é", "\u200b", ".x", "[0]", "-"])
+        elif kind == 2:
+            group = rng.choice(["optimizer", "tokenizer", "dataset", "_target_", "lora_", "LORA", "x" * 200])
+        elif kind == 3:
+            leaf = rng.choice(["_component_", "_target_", "_args_", "__class__", "__init__", "items", "keys", "pop"])
+            value = rng.choice(HOSTILE)
+        elif kind == 4:
+            group = ""
+        elif kind == 5:
+            lines.append(f"{group}: {value}" if group else str(value))
+        lines.append(
+            f"{group}: {{{leaf}: {value}}}" if group and rng.random() < 0.5 else f"{group}:\n  {leaf}: {value}"
+        )
+    if rng.random() < 0.3:
+        rng.shuffle(lines)
+    text = "\n".join(lines)
+    cut = rng.randrange(len(text))
+    return text[:cut] if rng.random() < 0.1 else text
+
+
+def check_fuzzed(seed: int, file: Path) -> bool:
+    """Reads one fuzzed config. True if it was accepted; then every key in it is an option."""
+    file.write_bytes(fuzzed(random.Random(seed)).encode("utf-8", "surrogatepass"))
+    modules = set(sys.modules)
+    start = time.perf_counter()
+    try:
+        values = flatten(read_config(Config, str(file), [], paths=False))
+    except ConfigError as error:
+        message = str(error)
+        assert str(file) in message or any(name in message for name in NAMES), (seed, message)
+        values = None
+    # 0.2 s alone; a machine that runs other tests beside this one is slower.
+    assert time.perf_counter() - start < 2.0, seed
+    assert set(sys.modules) - modules <= {"_strptime"}, seed
+    assert values is None or set(values) == set(NAMES), seed
+    return values is not None
+
+
+def test_fuzzed_configs_give_one_clear_error_and_import_nothing(tmp_path):
+    read("", tmp_path, *NEEDED)  # what the parser itself imports late
+    accepted = sum(check_fuzzed(seed, tmp_path / "c.yaml") for seed in range(500))
+    assert 0 < accepted < 100  # both kinds occur
+
+
+def test_a_hostile_target_is_never_imported(tmp_path):
+    for i in range(200):
+        name = f"no_such_package_{i}.attack"
+        yaml = f"model: {{_component_: {name}}}\noptim: {{_target_: {name}, lr: 1}}\nx: {{_args_: [{name}]}}"
+        message = refused(yaml, tmp_path)
+        assert message.count("nothing in a config is imported or executed") == 3

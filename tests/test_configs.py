@@ -1,0 +1,114 @@
+"""Every shipped config: short, only differences, its model built on meta with adapters, the header's commands true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from some_config import Config
+
+from torchft.config import ASSETS
+from torchft.dry_run import GIB, frozen_bytes
+from torchft.models import build_model, llama, mistral, qwen2, qwen3, read_config
+from torchft.modules.lora import LoraSpec, add_lora, trainable_parameters
+from torchft.modules.nf4 import quantize_nf4
+from torchft.names import CONFIGS, config_names, configs_for, recipe_names
+from torchft.parse import flatten
+from torchft.parse import read_config as read_options
+
+SIZES = llama.SIZES | mistral.SIZES | qwen2.SIZES | qwen3.SIZES
+ROWS = {  # <family>/<size> -> its row in the family's table of sizes
+    "llama2": {"7B": "Llama-2-7B", "13B": "Llama-2-13B"},
+    "llama3": {"8B": "Llama-3-8B"},
+    "llama3_1": {"8B": "Llama-3.1-8B", "70B": "Llama-3.1-70B"},
+    "llama3_2": {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B"},
+    "llama3_3": {"70B": "Llama-3.3-70B"},
+    "mistral": {"7B": "Mistral-7B-v0.3", "nemo_12B": "Mistral-Nemo-12B", "small_24B": "Mistral-Small-24B"},
+    "qwen2_5": {f"{n}B": f"Qwen2.5-{n}B" for n in ("0.5", "1.5", "3", "7", "14", "32", "72")},
+    "qwen3": {f"{n}B": f"Qwen3-{n}B" for n in ("0.6", "1.7", "4", "8", "14", "32")},
+}
+SIZED = [f"{family}/{size}" for family, sizes in ROWS.items() for size in sizes]
+
+
+def options(name: str) -> Config:
+    return read_options(Config, name, [], paths=False)
+
+
+def header(name: str) -> list[str]:
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith("#")]
+
+
+def test_both_methods_of_every_size_are_there():
+    assert set(config_names()) == {f"{size}_{method}" for size in SIZED for method in ("lora", "qlora")} | {
+        "tiny/lora",
+        "tiny/qlora",
+    }
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_a_config_is_short_and_holds_only_differences(name):
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 35
+    defaults, values = flatten(Config()), flatten(options(name))
+    groups = yaml.safe_load(text)
+    given = [f"{group}.{leaf}" for group, leaves in groups.items() for leaf in leaves]
+    assert [key for key in given if values[key] == defaults[key]] == []
+    assert ("qlora" in name) == (values["model.quantize"] == "nf4")
+    assert values["run.out"] == f"out/{name.replace('/', '_')}"
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_the_commands_in_a_header_name_this_config_and_its_model(name):
+    text, cfg = "\n".join(header(name)), options(name)
+    run = re.search(r"#   tune run (\S+) --config (\S+)", text)
+    assert run[2] == name and run[1] in recipe_names() and name in configs_for(run[1])
+    if not name.startswith("tiny/"):
+        assert f"#   tune download {cfg.model.path}\n" in text
+        assert re.fullmatch(r"[\w-]+/[\w.-]+", cfg.model.path)
+
+
+def said_gib(name: str) -> float:
+    """The size of the frozen weights that a config's header states."""
+    return float(re.search(r"Frozen weights: ([\d.]+) GiB", header(name)[0])[1])
+
+
+@pytest.mark.parametrize("size", SIZED)
+def test_the_model_of_a_config_builds_on_meta_with_adapters(size):
+    family, _, rest = size.partition("/")
+    row, cfg, quantized = SIZES[ROWS[family][rest]], options(f"{size}_lora"), options(f"{size}_qlora")
+    assert cfg.lora == quantized.lora and cfg.data.max_seq_len <= row["max_position_embeddings"]
+    lora = cfg.lora
+    spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.dora, tuple(lora.target_modules))
+    with torch.device("meta"):
+        model, one_layer = build_model(row), build_model(row | {"num_hidden_layers": 1})
+    report = add_lora(model, spec)
+    assert len(report.names) == 7 * row["num_hidden_layers"]
+    assert 0 < sum(param.numel() for param in trainable_parameters(model).values()) < 0.02 * report.num_total
+    dense = frozen_bytes(model, cfg.model.dtype)
+    assert said_gib(f"{size}_lora") == pytest.approx(dense / GIB, abs=0.051)  # one decimal is stated
+    # One layer stands for all: they are equal, and quantising hundreds of linears on meta takes a minute.
+    add_lora(one_layer, spec)
+    before = frozen_bytes(one_layer, quantized.model.dtype)
+    assert len(quantize_nf4(one_layer).quantized) == 7
+    saved = before - frozen_bytes(one_layer, quantized.model.dtype)
+    assert said_gib(f"{size}_qlora") == pytest.approx((dense - saved * row["num_hidden_layers"]) / GIB, abs=0.051)
+
+
+@pytest.mark.parametrize("name", ["tiny/lora", "tiny/qlora"])
+def test_the_tiny_configs_use_what_is_shipped(name):
+    cfg = options(name)
+    assert cfg.model.path == "builtin:tiny_llama"
+    for source in [*cfg.data.train, *cfg.data.valid]:
+        assert source.path.startswith("builtin:tiny_sft/")
+    with torch.device("meta"):
+        model = build_model(read_config(ASSETS / "tiny_llama"))
+    add_lora(model, LoraSpec(cfg.lora.rank, cfg.lora.alpha))
+    if cfg.model.quantize == "nf4":
+        assert not quantize_nf4(model).skipped  # the tiny model's dimensions are chosen for it (D10)
+
+
+def test_no_config_names_a_path_of_one_machine():
+    for path in Path(CONFIGS).rglob("*.yaml"):
+        assert not re.search(r"[\s'\"=]/\w", path.read_text(encoding="utf-8")), path

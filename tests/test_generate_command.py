@@ -1,0 +1,199 @@
+"""`tune generate` and exact match: prompts through the chat template, the chat's memory, adapters, and what is said."""
+
+import argparse
+import builtins
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import save_file
+
+from torchft import generate as generate_module
+from torchft.adapter import save_adapter
+from torchft.data.chat_template import load_template
+from torchft.data.formats import Example
+from torchft.data.tokenize import render_prompt
+from torchft.data.tokenizer import load_tokenizer
+from torchft.errors import UserError
+from torchft.generate import answer_examples, exact_match, generate, load_model, main_generate
+from torchft.models import build_model
+from torchft.modules.lora import LoraSpec, add_lora, init_lora
+from torchft.modules.transformer import CausalLM
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def scaled_model(hf: dict) -> CausalLM:
+    """Random, with logits so far apart that every greedy choice is clear."""
+    model = build_model(hf)
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model directory: a random Llama, and a tokenizer of printable characters and a few control tokens."""
+    characters = [chr(code) for code in range(32, 127)]
+    vocab = {token: index for index, token in enumerate([*characters, *SPECIAL])}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    library.decoder = tokenizers.decoders.Fuse()
+    library.add_special_tokens(SPECIAL)
+    path = tmp_path / "base"
+    path.mkdir()
+    library.save(str(path / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": "<|begin|>", "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    hf = LLAMA | {"vocab_size": len(vocab)}
+    (path / "config.json").write_text(json.dumps(hf))
+    save_file(
+        {name: tensor.clone() for name, tensor in scaled_model(hf).state_dict().items()}, path / "model.safetensors"
+    )
+    return path
+
+
+def arguments(folder: Path, **others: object) -> argparse.Namespace:
+    fixed = {"adapter": "", "prompt": "", "system": "", "chat_template": "", "dtype": "float32", "quantize": "none"}
+    decoding = {"max_new_tokens": 9, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    return argparse.Namespace(**({"model": str(folder)} | fixed | decoding | others))
+
+
+def expected_answer(folder: Path, messages: list[dict[str, str]], adapter: Path | None = None) -> str:
+    tokenizer = load_tokenizer(folder)
+    prompt = render_prompt(messages, None, tokenizer, load_template("", tokenizer))
+    model = load_model(folder, adapter, torch.float32, "none", torch.device("cpu"))
+    stops = {tokenizer.special_tokens["<|end|>"], tokenizer.eos_id}
+    return tokenizer.decode(generate(model, [prompt], max_new_tokens=9, stop_ids=stops)[0])
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_one_prompt_is_answered_through_the_chat_template(folder, capsys):
+    main_generate(arguments(folder, prompt="Hello", system="Be brief."))
+    answer = expected_answer(folder, [{"role": "system", "content": "Be brief."}, user("Hello")])
+    assert answer
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """Let the user type these lines, then Ctrl-D."""
+    remaining: Iterator[str] = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(remaining)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def test_a_chat_remembers_until_it_is_reset(folder, capsys, monkeypatch):
+    typed(monkeypatch, ["Hello", "", "And now?", "/reset", "And now?", "/exit", "never read"])
+    main_generate(arguments(folder))
+    first = expected_answer(folder, [user("Hello")])
+    remembered = expected_answer(folder, [user("Hello"), {"role": "assistant", "content": first}, user("And now?")])
+    alone = expected_answer(folder, [user("And now?")])
+    assert len({first, remembered, alone}) == 3
+    assert capsys.readouterr().out.splitlines()[1:] == [first, remembered, alone]
+
+
+def test_ctrl_d_ends_a_chat_and_ctrl_c_only_the_answer(folder, capsys, monkeypatch):
+    typed(monkeypatch, ["Hello", "Hello again"])
+    interrupted = []
+
+    def interrupt_first(*args, **options):
+        options["on_token"](0, 40)
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module, "generate", interrupt_first)
+    main_generate(arguments(folder))
+    assert capsys.readouterr().out.splitlines()[1:] == [chr(32 + 40), chr(32 + 40), ""]
+
+
+def test_without_a_template_a_prompt_is_continued_as_text(folder, capsys):
+    settings = {"bos_token": "<|begin|>", "eos_token": "<|begin|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    main_generate(arguments(folder, prompt="Once"))
+    printed = capsys.readouterr()
+    assert "no chat template" in printed.err
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, None, torch.float32, "none", torch.device("cpu"))
+    prompt = [tokenizer.bos_id, *tokenizer.encode("Once")[0]]
+    assert (
+        printed.out
+        == tokenizer.decode(generate(model, [prompt], max_new_tokens=9, stop_ids={tokenizer.eos_id})[0]) + "\n"
+    )
+    with pytest.raises(UserError, match="chat template"):  # but a chat needs one
+        main_generate(arguments(folder))
+
+
+def test_an_adapter_is_loaded_over_its_base(folder, capsys, tmp_path):
+    model = load_model(folder, None, torch.float32, "none", torch.device("cpu"))
+    spec = LoraSpec(rank=4, alpha=32.0)
+    add_lora(model, spec)
+    init_lora(model, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    save_adapter(model, spec, tmp_path / "adapter", base_path=str(folder))
+    main_generate(arguments(folder, prompt="Hello", adapter=str(tmp_path / "adapter")))
+    answer = expected_answer(folder, [user("Hello")], tmp_path / "adapter")
+    assert capsys.readouterr().out == answer + "\n"
+    assert answer != expected_answer(folder, [user("Hello")])
+
+
+def test_going_beyond_the_trained_length_is_said(folder, capsys):
+    main_generate(arguments(folder, prompt="x" * 250, max_new_tokens=5))
+    assert "beyond 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_exact_match_counts_answers_that_are_the_expected_ones(folder, batch_size):
+    tokenizer = load_tokenizer(folder)
+    template = load_template("", tokenizer)
+    model = load_model(folder, None, torch.float32, "none", torch.device("cpu"))
+    questions = ["Hello", "What is this?", "One more"]
+    right = [expected_answer(folder, [user(question)]) for question in questions]
+    expected = [f"  {right[0]}\n", right[1] + "!", right[2]]
+    examples = [
+        Example([user(question), {"role": "assistant", "content": answer}], None, None, "file:1")
+        for question, answer in zip(questions, expected, strict=True)
+    ]
+    options = {"batch_size": batch_size, "max_new_tokens": 9}
+    accuracy, answers = exact_match(model, tokenizer, template, examples, **options)
+    assert accuracy == pytest.approx(2 / 3)
+    assert answers == list(zip(questions, right, expected, strict=True))
+    assert exact_match(model, tokenizer, template, [], **options) == (0.0, [])
+    with pytest.raises(UserError, match="file:7"):
+        answer_examples(model, tokenizer, template, [Example(None, None, "text", "file:7")], **options)
+
+
+def test_a_model_directory_that_cannot_be_read_is_named(folder):
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["OtherForCausalLM"]}))
+    with pytest.raises(UserError, match=r"base: config\.json: architecture 'OtherForCausalLM' is not supported"):
+        load_model(folder, None, torch.float32, "none", torch.device("cpu"))

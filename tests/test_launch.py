@@ -1,0 +1,294 @@
+"""`tune run` on one process and on two: whose traceback is shown, exit codes, torchrun's options (D2, PITFALLS D2)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchft import crash, launch
+from torchft.distributed import require_single_process
+from torchft.errors import ConfigError, UserError
+
+RECIPE = '''
+"""A throw-away recipe: on rank `fail_on` a shape is wrong, the other ranks wait for it in a collective."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from torchft.config import RunConfig
+from torchft.distributed import rank, world_size
+from torchft.modules.feed_forward import FeedForward
+from torchft.parse import parse
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    fail_on: int = -1
+
+
+def main(cfg):
+    if world_size() > 1:
+        dist.init_process_group("gloo")
+    if rank() == cfg.fail_on:
+        FeedForward(8, 16, bias=False)(torch.ones(2, 3, 9))
+    total = torch.ones(1)
+    if world_size() > 1:
+        dist.all_reduce(total)
+        dist.barrier()
+        dist.destroy_process_group()
+    print(f"rank {rank()} sums {total.item():.0f}, seed {cfg.run.seed}", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse(Config))
+'''
+
+
+QUICK = '''
+"""A recipe without torch: rank `fail_on` ends as `how` says, the others wait to be stopped."""
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from torchft.config import RunConfig
+from torchft.distributed import rank
+from torchft.errors import UserError
+from torchft.parse import parse
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    fail_on: int = 0
+    how: str = "wait"
+
+
+def main(cfg):
+    if rank() == cfg.fail_on and cfg.how == "user":
+        raise UserError("rows.jsonl:3: no answer; add one")
+    if rank() == cfg.fail_on and cfg.how == "kill":
+        os.kill(os.getpid(), 9)
+    if rank() == cfg.fail_on and cfg.how == "exit":
+        os._exit(7)
+    if cfg.how == "print":
+        print(f"seed {cfg.run.seed}")
+        return
+    print("waiting", flush=True)
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    main(parse(Config))
+'''
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("quick") / "quick.py"
+    path.write_text(QUICK, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "my_copy.py"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def tune(*argv: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torchft", *map(str, argv)], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def frames(stderr: str) -> list[str]:
+    """The files of the last traceback that was printed, outermost first."""
+    last = stderr[stderr.rindex("Traceback (most recent call last)") :]
+    return [line.split('"')[1] for line in last.splitlines() if line.startswith('  File "')]
+
+
+def check_own_traceback(run: subprocess.CompletedProcess[str], recipe: Path) -> None:
+    """The traceback holds the user's file first, then our module, then torch, and is the last thing on the screen."""
+    files = frames(run.stderr)
+    assert files[:2] == [str(recipe), str(recipe)]
+    assert any(file.endswith("modules/feed_forward.py") for file in files)
+    assert files[-1].endswith("torch/nn/modules/linear.py")
+    assert not any("launch" in file or "elastic" in file or "cli.py" in file for file in files)
+    assert run.stderr.rstrip().splitlines()[-1].startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert run.returncode == 1
+
+
+def test_one_process_becomes_the_recipe(quick):
+    run = tune("run", quick, "run.seed=5", "how=print")
+    assert (run.stdout, run.stderr, run.returncode) == ("seed 5\n", "", 0)
+
+
+@pytest.mark.parametrize("start", ["tune run", "python"])
+def test_a_wrong_shape_on_one_process(recipe, start):
+    begin = ["-m", "torchft", "run"] if start == "tune run" else []
+    run = subprocess.run([sys.executable, *begin, recipe, "fail_on=0"], capture_output=True, text=True)
+    check_own_traceback(run, recipe)
+    assert run.stderr.count("Traceback") == 1
+
+
+def test_two_processes_and_torchruns_options(recipe, capfd):
+    assert launch.run_workers(["--nproc-per-node", "2", "--monitor-interval=0.05", str(recipe), "seed=3"]) == 0
+    printed = capfd.readouterr()
+    assert sorted(printed.out.split("\n")) == ["", "rank 0 sums 2, seed 3", "rank 1 sums 2, seed 3"]
+    assert printed.err == ""
+
+
+def test_a_wrong_shape_on_the_second_of_two_processes(recipe):
+    run = tune("run", "--nproc_per_node", "2", recipe, "fail_on=1")
+    check_own_traceback(run, recipe)
+    assert run.stderr.count("Traceback") == 1  # rank 0's broken collective and the launcher's own are not shown
+    assert "\nrank 1 failed first" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "how, code, last",
+    [
+        ("user", 1, "error: rows.jsonl:3: no answer; add one"),
+        ("kill", 137, "it was ended by SIGKILL, which is often the kernel's answer to memory running out"),
+        ("exit", 7, "it left with exit code 7; what it printed stands above"),
+    ],
+)
+def test_other_ends_of_the_first_of_two_processes(quick, how, code, last, capfd):
+    assert launch.run_workers(["--nproc_per_node", "2", str(quick), "fail_on=0", f"how={how}"]) == code
+    stderr = capfd.readouterr().err
+    assert stderr.rstrip().splitlines()[-1] == last
+    assert "Traceback" not in stderr
+
+
+def test_a_wrong_option_is_printed_once_for_all_ranks(quick, capfd):
+    assert launch.run_workers(["--nproc_per_node", "2", str(quick), "fial_on=1"]) == 2
+    assert capfd.readouterr().err == "error: command line: fial_on is not an option; did you mean fail_on?\n"
+
+
+def test_a_wrong_option_and_a_users_mistake_on_one_process(quick):
+    run = tune("run", quick, "seed=x")
+    assert run.stderr == "error: command line: run.seed expects a whole number, got the text 'x'\n"
+    assert run.returncode == 2
+    run = tune("run", quick, "how=user")
+    assert (run.stderr, run.returncode) == ("error: rows.jsonl:3: no answer; add one\n", 1)
+
+
+def test_ctrl_c_leaves_without_a_traceback(quick):
+    argv = [sys.executable, "-m", "torchft", "run", str(quick)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "interrupted\n"
+    assert process.returncode == 130
+
+
+# ------------------------------------------------------------------------------------------------------- without processes
+
+
+def test_options_in_the_wrong_place_and_missing_recipes():
+    for argv in (["x.py", "--nproc_per_node", "2"], ["x.py", "--nnodes=2"]):
+        with pytest.raises(UserError, match="stands before the recipe"):
+            launch.run(argv)
+    with pytest.raises(UserError, match="there is no recipe file x.py"):
+        launch.run(["x.py"])
+    with pytest.raises(UserError, match="no recipe is given"):
+        launch.run([])
+
+
+def test_torchrun_options_are_torchruns(recipe):
+    argv = ["--nnodes", "2", "--rdzv-endpoint", "host:1", "--node_rank=1", str(recipe), "a=1"]
+    args = launch.parse_torchrun_options(argv)
+    assert (args.nnodes, args.rdzv_endpoint, args.node_rank) == ("2", "host:1", 1)
+    assert not args.standalone
+    assert (args.training_script, args.training_script_args) == (str(recipe), ["a=1"])
+    assert launch.parse_torchrun_options(["--nproc_per_node=2", str(recipe)]).standalone
+    assert not launch.parse_torchrun_options(["--master-port=3", str(recipe)]).standalone
+
+
+def test_impossible_torchrun_values_are_user_errors(recipe):
+    for option in ("--nproc_per_node=many", "--nnodes=0", "--nnodes=a", "--max-restarts=-1"):
+        with pytest.raises(UserError, match="torchrun refuses these options"):
+            launch.launch_config(launch.parse_torchrun_options([option, str(recipe)]))
+
+
+class Ended:
+    """What torchrun tells of a process: torch.distributed.elastic.multiprocessing.errors.ProcessFailure."""
+
+    def __init__(self, exitcode: int, timestamp: int = 100):
+        self.exitcode, self.timestamp = exitcode, timestamp
+
+
+def write_error(folder: Path, rank: int, time: float, text: str, attempt: int = 0, code: int = 1) -> None:
+    path = folder / "run" / f"attempt_{attempt}" / str(rank) / "error.json"
+    path.parent.mkdir(parents=True)
+    extra = {"py_callstack": text, "timestamp": str(int(time)), "time": time, "rank": rank, "exit_code": code}
+    path.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
+def test_the_first_failure_is_the_earliest_within_a_second(tmp_path, capsys):
+    write_error(tmp_path, 0, 100.9, "second")
+    write_error(tmp_path, 3, 100.2, "first", code=5)
+    code = launch.print_failure({0: Ended(1), 1: Ended(-signal.SIGTERM), 3: Ended(-signal.SIGTERM)}, str(tmp_path))
+    assert code == 5
+    assert capsys.readouterr().err == "\nrank 3 failed first (after it: rank 0):\nfirst\n"
+
+
+def test_a_killed_rank_comes_before_those_that_noticed(tmp_path, capsys):
+    write_error(tmp_path, 0, 100.7, "connection closed by peer")
+    assert launch.print_failure({0: Ended(1), 2: Ended(-signal.SIGKILL)}, str(tmp_path)) == 137
+    assert capsys.readouterr().err.startswith("\nrank 2 failed first (after it: rank 0):\nit was ended by SIGKILL")
+
+
+def test_only_the_last_attempt_counts_and_broken_files_do_not(tmp_path, capsys):
+    write_error(tmp_path, 0, 100.1, "old attempt")
+    old = tmp_path / "run" / "attempt_0"
+    os.utime(old, (1, 1))
+    write_error(tmp_path, 1, 200.1, "new attempt", attempt=1)
+    write_error(tmp_path, 2, 200.0, "cut", attempt=1)
+    (tmp_path / "run" / "attempt_1" / "2" / "error.json").write_text('{"message": {"ext')
+    assert launch.print_failure({1: Ended(1, 201)}, str(tmp_path)) == 1
+    assert "new attempt" in capsys.readouterr().err
+
+
+def test_an_error_file_has_torchruns_format(tmp_path, monkeypatch):
+    errors = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
+    monkeypatch.setenv("RANK", "4")
+    file = tmp_path / "error.json"
+    assert crash.write_error_file(str(file), "ValueError: x", "Traceback ...", 1)
+    failure = errors.ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    assert failure.message["message"] == "ValueError: x"
+    assert failure.message["extraInfo"]["rank"] == 4 and failure.timestamp > 1e9
+    assert not crash.write_error_file(str(tmp_path / "no" / "error.json"), "", "", 1)
+
+
+def test_describe():
+    def caught(error: BaseException) -> tuple[str, int]:
+        try:
+            raise error
+        except BaseException as raised:  # noqa: BLE001  the hook gets every kind
+            return crash.describe(type(raised), raised, raised.__traceback__)
+
+    assert caught(UserError("a: b")) == ("error: a: b", 1)
+    assert caught(ConfigError("a: b")) == ("error: a: b", 2)
+    assert caught(KeyboardInterrupt()) == ("interrupted", 130)
+    text, code = caught(ValueError("a"))
+    assert text.startswith("Traceback") and text.endswith("ValueError: a") and code == 1
+
+
+def test_require_single_process(monkeypatch):
+    require_single_process("lora_single_device")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="lora_single_device runs on one process, not on 2: .* run lora_distributed"):
+        require_single_process("lora_single_device")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two', not a number"):
+        require_single_process("lora_single_device")

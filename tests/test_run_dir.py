@@ -1,0 +1,102 @@
+"""Which checkpoints are kept, which is best, and what becomes of an earlier run's files."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_training import CONFIG, TinyRun
+
+from torchft.checkpoint import find_checkpoint, save_checkpoint
+from torchft.errors import UserError
+from torchft.run_dir import best_checkpoint, set_aside
+
+
+def save(out: Path, step: int, keep_last: int = 2, valid_loss: float | None = None) -> Path:
+    run = TinyRun()
+    return save_checkpoint(
+        out,
+        step,
+        params=run.params,
+        optimizer=run.optimizer,
+        state={},
+        config=CONFIG,
+        keep_last=keep_last,
+        valid_loss=valid_loss,
+    )
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_the_last_n_and_the_best_are_kept(tmp_path: Path) -> None:
+    assert best_checkpoint(tmp_path) == (float("inf"), None)
+    save(tmp_path, 1, valid_loss=3.0)
+    best = save(tmp_path, 2, valid_loss=1.0)
+    save(tmp_path, 3, valid_loss=float("nan"))  # a validation that failed is never the best
+    save(tmp_path, 4)
+    save(tmp_path, 5, valid_loss=2.0)
+    assert names(tmp_path) == ["step_000002", "step_000004", "step_000005"]
+    assert best_checkpoint(tmp_path) == (1.0, best)
+    save(tmp_path, 6, valid_loss=0.5)  # the new best; the old one has no privilege left
+    assert names(tmp_path) == ["step_000005", "step_000006"]
+    save(tmp_path, 7, valid_loss=0.5)  # of equals the earlier
+    save(tmp_path, 8, keep_last=1)
+    assert names(tmp_path) == ["step_000006", "step_000008"]
+
+
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+    """PITFALLS K7: with it counted, keep_last=2 would leave one usable."""
+    save(tmp_path, 1)
+    os.truncate(save(tmp_path, 2) / "params.safetensors", 100)
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
+    save(tmp_path, 4)
+    assert names(tmp_path) == ["step_000002", "step_000003", "step_000004"]
+
+
+def test_nothing_is_removed_before_the_new_one_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def damage(source: Path, target: Path) -> None:
+        content = (Path(source) / "params.safetensors").read_bytes()
+        (Path(source) / "params.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.replace(source, target)
+
+    monkeypatch.setattr(os, "rename", damage)
+    with pytest.raises(UserError, match="step_000003/params.safetensors is damaged"):
+        save(tmp_path, 3)
+    assert {"step_000001", "step_000002"} <= set(names(tmp_path))
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchft.checkpoint.FORMAT", "torchft checkpoint 2")
+    with pytest.raises(UserError, match="has the format 'torchft checkpoint 2', this version reads"):
+        save(tmp_path, 1)
+
+
+def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        save(tmp_path, 3)
+        (tmp_path / "log.jsonl").write_text(f"run {attempt}")
+        (tmp_path / "notes.txt").write_text("the user's")
+        said: list[str] = []
+        set_aside(tmp_path, 0, said.append)
+        assert said == [f"moved an earlier run's step_000003, log.jsonl to {tmp_path}/earlier_{attempt}"]
+        assert names(tmp_path / f"earlier_{attempt}") == ["log.jsonl", "step_000003"]
+        assert (tmp_path / f"earlier_{attempt}" / "log.jsonl").read_text() == f"run {attempt}"
+    assert names(tmp_path) == ["earlier_1", "earlier_2", "notes.txt"]
+    set_aside(tmp_path, 0, said.append)
+    assert len(said) == 1  # nothing left to move, nothing said
+
+
+def test_resuming_an_older_checkpoint_moves_the_later_ones_aside(tmp_path: Path) -> None:
+    """Else the next auto would continue the branch that the user left."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=9)
+    (tmp_path / "log.jsonl").touch()
+    set_aside(tmp_path, 1, lambda text: None)
+    assert names(tmp_path) == ["earlier_1", "log.jsonl", "step_000001"]
+    assert names(tmp_path / "earlier_1") == ["step_000002", "step_000003"]
+    assert find_checkpoint(tmp_path, "auto", CONFIG, lambda text: None) == tmp_path / "step_000001"

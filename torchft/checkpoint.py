@@ -1,0 +1,241 @@
+"""Checkpoints: saved whole or not at all, found only if they verify, continued bit for bit.
+
+    out/step_000500/   params.safetensors     the trained parameters, by name
+                       optimizer.safetensors  moments and step counters, by parameter name (optimizer_state.py)
+                       rng.safetensors        generators of Python, numpy, torch on CPU and GPU
+                       state.json             the recipe's own state, the config, scalars of the above
+                       manifest.json          step, validation loss, size and sha256 of each file (atomic.py)
+
+The base weights are not in it: they are read from the model directory again. Nothing is pickled. A kill loses at most
+`run.save_every` steps. Left out: sharded parameters, saving in the background.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from torchft.atomic import atomic_directory, write_bytes
+from torchft.errors import UserError
+from torchft.optimizer_state import flatten_optimizer, get_rng_state, plain_name, set_rng_state, unflatten_optimizer
+from torchft.redact import redact
+from torchft.run_dir import FORMAT, checkpoint_path, checkpoints, leftovers, prune, remove_leftovers, verify_checkpoint
+
+# What a continued run may change: how long, how often, where to, how fast. The data, the model and the adapter stay.
+MAY_CHANGE = re.compile(
+    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload_activations)|data\.max_bad_rows"
+)
+MUST_STAY = ("optim.name", "run.seed", "run.global_batch_size")
+NOT_SAID = ("run.resume",)  # differs whenever a run is continued
+
+
+def save_checkpoint(
+    out: str | Path,
+    step: int,
+    *,
+    params: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    keep_last: int,
+    valid_loss: float | None = None,
+) -> Path:
+    """Write out/step_<step>/ after `step` optimizer steps and verify it; then remove all but the last `keep_last`.
+
+    `state`: whatever the recipe needs to continue, JSON values only. `valid_loss`: given, the checkpoint takes part in
+    keep-best: the one with the lowest is never removed. Raises UserError if it cannot be written or does not verify;
+    older checkpoints are untouched then.
+    """
+    out = Path(out)
+    optimizer_tensors, signed = flatten_optimizer(optimizer, params)
+    rng_tensors, rng_values = get_rng_state()
+    files = {
+        "params.safetensors": {plain_name(name): param.detach() for name, param in params.items()},
+        "optimizer.safetensors": optimizer_tensors,
+        "rng.safetensors": rng_tensors,
+    }
+    values = {
+        "state": state,
+        "config": redact(config),
+        "optimizer": type(optimizer).__name__,
+        "signed": signed,
+        "rng": rng_values,
+    }
+    text = json.dumps(values, indent=1, allow_nan=False).encode()
+    finite = valid_loss is not None and math.isfinite(valid_loss)
+    facts = {"format": FORMAT, "step": step, "valid_loss": valid_loss if finite else None}
+    needed_bytes = len(text) + sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+
+    remove_leftovers(out)
+    final = checkpoint_path(out, step)
+    with atomic_directory(final, facts, needed_bytes) as folder:
+        for name, tensors in files.items():
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
+        write_bytes(folder / "state.json", text)
+    verify_checkpoint(final)
+    prune(out, keep_last)
+    return final
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    params: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    unchanged: dict[str, Any],
+) -> dict[str, Any]:
+    """Put a checkpoint back into parameters, optimizer and all random generators; returns its `state` and its `step`.
+
+    `unchanged`: entries of `state` that must be equal now, such as the training data's fingerprint. Draw no random
+    number between this call and the next step. Raises UserError naming the tensor or entry that does not fit; nothing
+    has been changed then.
+    """
+    path = Path(path)
+    manifest = verify_checkpoint(path)
+    values = _read_state(path)
+    for name, now in unchanged.items():
+        then = values["state"].get(name)
+        if then != now:
+            raise UserError(
+                f"{path} was saved with another {name} ({then!r} then, {now!r} now): it would not be the same run; "
+                "put it back, or start anew with run.resume=never"
+            )
+    if values["optimizer"] != type(optimizer).__name__:
+        raise UserError(f"{path} was saved with the optimizer {values['optimizer']}: optim.name must stay what it was")
+    saved = _read_tensors(path / "params.safetensors")
+    _check_params(path, saved, {plain_name(name): param for name, param in params.items()})
+    # Copies: on CPU, what is read are the file's own pages, and AdamW writes into its state.
+    moments = {name: tensor.clone() for name, tensor in _read_tensors(path / "optimizer.safetensors").items()}
+    generators = _read_tensors(path / "rng.safetensors")
+    unflatten_optimizer(optimizer, params, moments, values["signed"])
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(saved[plain_name(name)])
+    set_rng_state(generators, values["rng"])
+    return values["state"] | {"step": manifest["step"]}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "state.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'state.json'} cannot be read: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _check_params(path: Path, saved: dict[str, Tensor], params: dict[str, nn.Parameter]) -> None:
+    """The same names, shapes and dtypes on both sides."""
+    for name in sorted(saved.keys() ^ params.keys()):
+        where = "trained now but not in the checkpoint" if name in params else "in the checkpoint but not trained now"
+        raise UserError(f"{path}: parameter {name} is {where}")
+    for name, param in params.items():
+        then, now = (f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (saved[name], param))
+        if then != now:
+            raise UserError(f"{path}: parameter {name} is {then} in the checkpoint, {now} in this run")
+
+
+def find_checkpoint(
+    out: str | Path, resume: str, config: dict[str, Any], say: Callable[[str], None] = print
+) -> Path | None:
+    """The checkpoint to continue from, None for a fresh start; what was chosen, skipped and changed is said.
+
+    `resume`: never; auto (the newest in `out` that verifies, else a fresh start); or a checkpoint directory, which must
+    verify. Raises UserError where that one does not, or where `config` differs in what a continued run must keep.
+    """
+    out = Path(out)
+    if resume == "never":
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if checkpoints(path):
+            raise UserError(f"run.resume={resume} is a run's directory: use run.out={resume} run.resume=auto")
+        manifest = verify_checkpoint(path)
+        if path.resolve().parent != out.resolve() and checkpoints(out):
+            raise UserError(f"run.out={out} has checkpoints of its own: use run.resume=auto, or another run.out")
+        return _continue_from(path, manifest, config, say)
+    for leftover in leftovers(out):
+        say(f"resume: ignored {leftover}, which a crash cut short")
+    for path in reversed(checkpoints(out).values()):
+        try:
+            manifest = verify_checkpoint(path)
+        except UserError as error:
+            say(f"resume: skipped {path}: {error}")
+            continue
+        return _continue_from(path, manifest, config, say)
+    say(f"resume: no usable checkpoint in {out}, starting from the beginning")
+    return None
+
+
+def _continue_from(path: Path, manifest: dict[str, Any], config: dict[str, Any], say: Callable[[str], None]) -> Path:
+    """Say what changed since `path` was saved, or refuse it."""
+    changed = _differences(_read_state(path)["config"], redact(config))
+    refused = {key: pair for key, pair in changed.items() if key in MUST_STAY or not MAY_CHANGE.fullmatch(key)}
+    if refused:
+        lines = "".join(f"\n  {key}: {then!r} then, {now!r} now" for key, (then, now) in refused.items())
+        raise UserError(
+            f"{path} cannot be continued with another value of{lines}\n"
+            "put it back, or start anew (run.resume=never and another run.out)"
+        )
+    say(f"resume: continuing {path} after step {manifest['step']}")
+    for key, (then, now) in changed.items():
+        if key not in NOT_SAID:
+            say(f"resume: changed {key}: {then!r} -> {now!r}")
+    return path
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, where two configs differ; None for a key that one lacks."""
+    old, new = dict(_flatten(then)), dict(_flatten(now))
+    pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    """{"run": {"out": "a"}} as [("run.out", "a")]; lists are values."""
+    if not isinstance(value, dict):
+        return [(key, value)]
+    return [pair for name, item in value.items() for pair in _flatten(item, f"{key}.{name}" if key else name)]
+
+
+class StopSignal:
+    """Turns SIGTERM (a preempted machine) and Ctrl-C into a flag that the recipe reads between steps.
+
+    `exit_code` is the shell's for that signal: 128 + its number. A second Ctrl-C quits at once; a second SIGTERM
+    changes nothing, since launchers send it to the process and to its group.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.exit_code = 0
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested = True
+        self.exit_code = 128 + number
+        # os.write: print could be interrupted inside itself by this very handler
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C to quit at once\n".encode())
+
+    def close(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,225 @@
+"""Which option values are accepted: choices, ranges, incompatible pairs, files that must exist.
+
+Every function takes `values`, dotted option names to values of the right type, looks only at the options that are in
+it (a recipe need not have every group), and returns all problems at once. Nothing is opened or imported.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from torchft.config import resolve_path
+from torchft.errors import UserError
+
+LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet")  # any other data path is a hub dataset's name
+
+CHOICES = {
+    "model.weights": ("pretrained", "random"),
+    "model.dtype": ("bfloat16", "float32"),
+    "model.quantize": ("none", "nf4"),
+    "model.compile": ("auto", "on", "off"),
+    "data.train_on": ("all", "last"),
+    "data.truncation": ("drop", "right"),
+    "optim.name": ("adamw", "adamw_8bit"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+}
+SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text")
+
+# Both ends are accepted. The upper ends are far beyond use: they catch a slipped decimal point and unit mix-ups.
+RANGES = {
+    "lora.rank": (1, 65_536),
+    "lora.alpha": (1e-6, 1e6),
+    "lora.dropout": (0.0, 0.99),
+    "data.valid_fraction": (0.0, 0.9),
+    "data.max_seq_len": (2, 16_777_216),
+    "data.max_bad_rows": (0.0, 1.0),
+    "optim.lr": (1e-12, 10.0),
+    "optim.warmup_steps": (0, 10**9),
+    "optim.min_lr_ratio": (0.0, 1.0),
+    "optim.weight_decay": (0.0, 10.0),
+    "optim.eps": (1e-30, 1.0),
+    "optim.max_grad_norm": (0.0, 1e6),
+    "run.seed": (0, 2**63 - 1),
+    "run.epochs": (1, 10**6),
+    "run.max_steps": (0, 10**9),
+    "run.global_batch_size": (1, 10**6),
+    "run.micro_batch_size": (1, 10**6),
+    "run.log_every": (1, 10**9),
+    "run.eval_every": (0, 10**9),
+    "run.save_every": (0, 10**9),
+    "run.keep_last": (1, 10**6),
+    "run.sample_rows": (0, 1000),
+    "run.exact_match_rows": (0, 10**6),
+    "run.max_new_tokens": (1, 10**6),
+    "run.profile_steps": (0, 1000),
+}
+
+Problems = list[tuple[str, str]]  # (option, what is wrong with it and what to do)
+
+
+def check_options(values: dict[str, Any]) -> Problems:
+    """Options whose value alone is impossible. `values` maps dotted option names to values of the right type."""
+    problems: Problems = []
+    for key, choices in CHOICES.items():
+        if key in values and values[key] not in choices:
+            problems.append((key, f"is {show(values[key])}; the choices are {', '.join(choices)}"))
+    for key, (low, high) in RANGES.items():
+        if key in values and not low <= values[key] <= high:  # also true of NaN
+            problems.append((key, f"is {show(values[key])}; accepted are {low} to {high}"))
+    for check in (_check_model, _check_lora, _check_data, _check_optim):
+        problems += check(values)
+    if values.get("run.out") == "":
+        problems.append(("run.out", "is empty; name a directory for checkpoints, logs and the result"))
+    return problems
+
+
+def _check_model(values: dict[str, Any]) -> Problems:
+    problems: Problems = []
+    mode = values.get("model.activation_checkpointing", "none")
+    if mode not in ("none", "full") and not re.fullmatch(r"every_[1-9][0-9]{0,3}", mode):
+        problems.append(
+            ("model.activation_checkpointing", f"is {show(mode)}; write none, full or every_<n>, such as every_2")
+        )
+    if values.get("model.path") == "":
+        problems.append(
+            (
+                "model.path",
+                "is empty; name a Hugging Face model directory, as `tune download` makes it, or builtin:tiny_llama",
+            )
+        )
+    return problems
+
+
+def _check_lora(values: dict[str, Any]) -> Problems:
+    problems: Problems = []
+    targets = values.get("lora.target_modules")
+    if targets == []:
+        problems.append(("lora.target_modules", "is empty; list leaf names such as q_proj, or all-linear"))
+    elif targets and "all-linear" in targets and len(targets) > 1:
+        problems.append(("lora.target_modules", "mixes all-linear (every linear but lm_head) with names; keep one"))
+    for name in set(values.get("lora.modules_to_save", [])) - {"", "embed_tokens", "lm_head"}:
+        problems.append(
+            ("lora.modules_to_save", f"holds {show(name)}; only embed_tokens and lm_head are trained whole")
+        )
+    for key in ("lora.target_modules", "lora.modules_to_save", "lora.new_tokens"):
+        problems += _check_names(key, values.get(key, []))
+    return problems
+
+
+def _check_names(key: str, names: list[str]) -> Problems:
+    """A list of names: none empty, none twice."""
+    empty: Problems = [(key, "holds an empty name; remove it")] if "" in names else []
+    return empty + [(key, f"names {show(name)} twice") for name in sorted(set(names)) if names.count(name) > 1]
+
+
+def _check_data(values: dict[str, Any]) -> Problems:
+    problems: Problems = []
+    for group in ("data.train", "data.valid"):
+        for i, source in enumerate(values.get(group, [])):
+            key = f"{group}[{i}]"
+            if source.path == "":
+                problems.append(
+                    (f"{key}.path", "is empty; name a .json, .jsonl, .csv or .parquet file or a hub dataset")
+                )
+            if source.format not in SOURCE_FORMATS:
+                problems.append(
+                    (f"{key}.format", f"is {show(source.format)}; the choices are {', '.join(SOURCE_FORMATS)}")
+                )
+            if not 0.0 < source.weight <= 1000.0:
+                problems.append((f"{key}.weight", f"is {source.weight}; accepted are numbers above 0 and up to 1000"))
+            if group == "data.valid" and source.weight != 1.0:
+                problems.append((f"{key}.weight", "must stay 1.0: each validation row counts once"))
+    template = values.get("data.chat_template", "")
+    if template not in ("", "chatml", "alpaca") and not template.endswith(".jinja"):
+        problems.append(
+            ("data.chat_template", f"is {show(template)}; write chatml, alpaca or the path of a .jinja file")
+        )
+    return problems
+
+
+def _check_optim(values: dict[str, Any]) -> Problems:
+    betas = values.get("optim.betas")
+    if betas is not None and not (len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
+        return [
+            (
+                "optim.betas",
+                f"is {show(betas)}; write two numbers from 0 up to but not including 1, such as [0.9, 0.999]",
+            )
+        ]
+    return []
+
+
+def check_pairs(values: dict[str, Any]) -> Problems:
+    """Options that are fine alone but not together: each would otherwise be ignored in silence."""
+    validation = bool(values.get("data.valid")) or values.get("data.valid_fraction", 0.0) > 0.0
+    need_validation = "needs held-out rows; set data.valid or data.valid_fraction"
+    clashing = sorted(set(values.get("lora.target_modules", [])) & set(values.get("lora.modules_to_save", [])))
+    rules = [
+        (values.get("data.train") == [], "data.train", "is empty; name a file: data.train=rows.jsonl"),
+        (values.get("data.valid") and values.get("data.valid_fraction", 0.0) > 0.0, "data.valid_fraction",
+         "and data.valid both give held-out rows; keep one of them"),
+        (values.get("run.keep_best") and not validation, "run.keep_best", need_validation),
+        (values.get("run.exact_match_rows") and not validation, "run.exact_match_rows", need_validation),
+        (values.get("run.eval_every") and not validation, "run.eval_every", need_validation),
+        (values.get("model.offload_activations") and values.get("model.activation_checkpointing") == "none",
+         "model.offload_activations",
+         "moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
+        (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
+         "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
+        (bool(clashing), "lora.modules_to_save",
+         f"and lora.target_modules both name {', '.join(clashing)}; keep one of them"),
+    ]  # fmt: skip
+    return [(key, message) for broken, key, message in rules if broken]
+
+
+def check_paths(values: dict[str, Any]) -> Problems:
+    """Options that name a local file or directory which is not there. Nothing is opened."""
+    wanted = [
+        ("model.path", values.get("model.path", ""), "config.json"),
+        ("lora.adapter", values.get("lora.adapter", ""), "adapter_config.json"),
+    ]
+    for group in ("data.train", "data.valid"):
+        wanted += [
+            (f"{group}[{i}].path", source.path, "")
+            for i, source in enumerate(values.get(group, []))
+            if source.path.endswith(LOCAL_DATA)
+        ]
+    if values.get("data.chat_template", "").endswith(".jinja"):
+        wanted.append(("data.chat_template", values["data.chat_template"], ""))
+    return [(key, problem) for key, text, inside in wanted if text and (problem := _path_problem(key, text, inside))]
+
+
+def _path_problem(key: str, text: str, inside: str) -> str:
+    """What is wrong with one path, or "". `inside`: the file that a directory must hold; "" for a plain file."""
+    try:
+        path = resolve_path(text)
+        found = (path / inside).is_file()
+    except (UserError, RuntimeError, ValueError, OSError) as error:  # no home directory, a NUL, a name that is too long
+        return f"is {show(text)}: {error}"
+    if found:
+        return ""
+    if inside and path.is_dir():
+        return f"is {show(text)}, a directory without {inside}"
+    fix = (
+        f"; get it with `tune download {text}`"
+        if key == "model.path" and re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+        else ""
+    )
+    return f"is {show(text)}, which does not exist (looked in {Path.cwd()}){fix}"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The most similar of `known`, however far it is."""
+    return difflib.get_close_matches(word[:60], known, 1, cutoff=0.0)[0]
+
+
+def show(value: Any) -> str:
+    """A value in a message: quoted, one line, at most 60 characters, no control characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def show_key(key: str) -> str:
+    """A key in a message: as it is if it is a plain word, else quoted and cut."""
+    return key if key.isprintable() and 0 < len(key) <= 80 else show(key)

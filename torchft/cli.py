@@ -1,0 +1,275 @@
+"""The command `tune`: its subcommands and their options. What they do stands in the modules that they import.
+
+`tune ls`, `cp`, `cat` and every `--help` answer without importing torch, which takes seconds.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torchft.errors import ConfigError, UserError
+from torchft.names import config_names, configs_for, find_config, find_recipe, recipe_names
+
+Commands = Any  # argparse's action for subcommands has no public name
+
+RUN_HELP = """\
+usage: tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]
+
+Run a recipe: a shipped one by name, or a .py file, such as a copy made with `tune cp`.
+
+  --config NAME|FILE   a shipped config (tune ls) or a .yaml file
+  key=value            an option that overrides the file, dotted: optim.lr=1e-4
+  --help after RECIPE  lists all of the recipe's options
+
+torchrun's options stand before the recipe and start several processes: --nproc_per_node N, --nnodes N, ...
+Without any the recipe runs as one process. If a rank fails, the first one's traceback is printed last.
+
+examples:
+  tune run lora_single_device --config tiny/lora
+  tune run ./my_recipe.py --config ./my_config.yaml optim.lr=1e-4 resume=auto
+  tune run --nproc_per_node 2 ./my_recipe.py --config ./my_config.yaml
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`tune` and `python -m torchft`. A user's mistake is printed without traceback; exit code 2 for configs, or 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _note_other_owner()
+        if argv[:1] == ["run"]:
+            _run(argv[1:])
+        args = _parser().parse_args(argv)
+        args.function(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `tune ls | head`: what is still buffered goes nowhere, without a second error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(argv: list[str]) -> NoReturn:
+    # Not argparse: torchrun's parser reads what stands before the recipe, the recipe what stands after it.
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print(RUN_HELP, end="")
+        sys.exit(0 if argv else 2)
+    from torchft.launch import run
+
+    run(argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tune",
+        description="Fine-tune open-weight language models with plain PyTorch recipes that you copy, read and own.",
+        epilog="example: tune run lora_single_device --config tiny/lora\n`tune COMMAND --help` shows its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    _command(commands, "ls", _ls, "list recipes and the configs that go with them", "tune ls")
+    _file_commands(commands)
+    commands.add_parser("run", help="run a recipe on one or many processes", add_help=False)  # read by _run
+    _download_command(commands)
+    _dry_run_commands(commands)
+    _merge_command(commands)
+    _generate_command(commands)
+    return parser
+
+
+def _file_commands(commands: Commands) -> None:
+    example = "tune cp llama3_1/8B_lora ./my_config.yaml"
+    cp = _command(commands, "cp", _cp, "copy a recipe or a config, to edit it", example)
+    cp.add_argument("name", help="a recipe or a config (tune ls)")
+    cp.add_argument("destination", help="the new file's exact name, or a directory")
+    cp.add_argument("--force", action="store_true", help="overwrite a file that is there")
+    cat = _command(commands, "cat", _cat, "print a recipe or a config", "tune cat llama3_1/8B_lora")
+    cat.add_argument("name", help="a recipe or a config (tune ls)")
+
+
+def _download_command(commands: Commands) -> None:
+    summary = "fetch a model from the Hugging Face hub into <org>/<name>"
+    download = _command(commands, "download", _download, summary, "tune download Qwen/Qwen3-0.6B")
+    download.add_argument("repo_id", metavar="ORG/NAME")
+    download.add_argument("--output-dir", default=".", help="where <org>/<name> is made (default: here)")
+    download.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
+    download.add_argument("--ignore-patterns", nargs="*", default=[], metavar="GLOB", help="more files to leave out")
+    download.add_argument("--hf-token", help=argparse.SUPPRESS)  # torchtune's; refused with the reason
+
+
+def _dry_run_commands(commands: Commands) -> None:
+    summary = "check config, data and model shapes without loading weights"
+    validate = _command(commands, "validate", _validate, summary, "tune validate tiny/lora optim.lr=1e-3")
+    summary = "report what becomes of a config's data, with coloured examples"
+    data = _command(commands, "data", _data, summary, "tune data tiny/lora --examples 2")
+    data.add_argument("--examples", type=int, default=3, metavar="N", help="training examples to print (default: 3)")
+    for parser in (validate, data):
+        parser.add_argument("config", help="a shipped config (tune ls) or a .yaml file")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the file")
+
+
+def _merge_command(commands: Commands) -> None:
+    example = "tune merge Qwen/Qwen3-0.6B out/adapter ./Qwen3-0.6B-mine"
+    merge = _command(
+        commands, "merge", _merge, "write base model and adapter as one model directory, verified", example
+    )
+    merge.add_argument("base", help="the model directory that the adapter was trained on")
+    merge.add_argument("adapter", help="a PEFT adapter directory")
+    merge.add_argument("out", help="the directory to write")
+    merge.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the written weights (default: the base's)"
+    )
+    merge.add_argument(
+        "--nf4-base", action="store_true", help="merge into the 4-bit weights that QLoRA trained on, dequantised"
+    )
+
+
+def _generate_command(commands: Commands) -> None:
+    example = 'tune generate Qwen/Qwen3-0.6B --adapter out/adapter --prompt "Who are you?"'
+    generate = _command(
+        commands, "generate", _generate, "answer a prompt, or chat, with a model and an adapter", example
+    )
+    generate.add_argument("model", help="a model directory, or builtin:tiny_llama")
+    generate.add_argument("--adapter", default="", help="a PEFT adapter directory")
+    generate.add_argument("--prompt", default="", help="one user message; without it a chat starts (/reset, /exit)")
+    generate.add_argument("--system", default="", help="a system message before it")
+    generate.add_argument(
+        "--chat-template", default="", help="chatml, alpaca or a .jinja file (default: the tokenizer's own)"
+    )
+    generate.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)"
+    )
+    generate.add_argument(
+        "--quantize", choices=["none", "nf4"], default="none", help="hold the linears in 4 bits (default: none)"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens up to this share (default: 1)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+
+
+def _command(
+    commands: Commands, name: str, function: Callable[[argparse.Namespace], None], summary: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _ls(args: argparse.Namespace) -> None:
+    listed: set[str] = set()
+    for recipe in recipe_names():
+        doc = ast.get_docstring(ast.parse(find_recipe(recipe).read_text(encoding="utf-8"))) or ""
+        print(recipe)
+        print(textwrap.fill(doc.partition("\n")[0], 118, initial_indent="  ", subsequent_indent="  "))
+        _print_families(configs_for(recipe))
+        listed.update(configs_for(recipe))
+    rest = [name for name in config_names() if name not in listed]
+    if rest:
+        print("configs for recipes that are not here")
+        _print_families(rest)
+
+
+def _print_families(names: list[str]) -> None:
+    """Whole names, one family per paragraph: each can be copied into a command as it stands."""
+    for family in dict.fromkeys(name.partition("/")[0] for name in names):
+        mine = [name for name in names if name.startswith(f"{family}/")]
+        print(
+            textwrap.fill("  ".join(mine), 118, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        )
+
+
+def _find(name: str) -> Path:
+    """A recipe's or a config's file: the names of shipped recipes have no /, those of configs do."""
+    if not name.endswith(".py") and ("/" in name or name.endswith((".yaml", ".yml"))):
+        return find_config(name)
+    return find_recipe(name)
+
+
+def _cp(args: argparse.Namespace) -> None:
+    source, target = _find(args.name), Path(args.destination)
+    if target.is_dir():
+        target /= source.name
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{target} is the file to be copied; name another one")
+    try:
+        # "x" refuses a file that is there, also one that came into being since anyone looked.
+        with open(source, "rb") as read, open(target, "wb" if args.force else "xb") as write:
+            shutil.copyfileobj(read, write)
+    except FileExistsError:
+        raise UserError(f"{target} is there already; choose another name, or overwrite it with --force") from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    print(f"{args.name} -> {target}")
+
+
+def _cat(args: argparse.Namespace) -> None:
+    print(_find(args.name).read_text(encoding="utf-8"), end="")
+
+
+def _download(args: argparse.Namespace) -> None:
+    if args.hf_token is not None:
+        raise UserError("--hf-token is refused, other users can read command lines; set HF_TOKEN in the environment")
+    from torchft.download import download
+
+    target = download(args.repo_id, args.output_dir, args.revision, tuple(args.ignore_patterns))
+    print(f"{args.repo_id} -> {target}\nuse it with model.path={target}")
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from torchft.dry_run import validate
+
+    validate(args.config, args.overrides)
+
+
+def _data(args: argparse.Namespace) -> None:
+    from torchft.dry_run import show_data
+
+    show_data(args.config, args.overrides, args.examples)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    import torch
+
+    from torchft.config import resolve_path
+    from torchft.merge import merge
+
+    dtypes = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    print(
+        merge(resolve_path(args.base), Path(args.adapter), Path(args.out), dtypes[args.dtype], nf4_base=args.nf4_base)
+    )
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from torchft.generate import main_generate
+
+    main_generate(args)
+
+
+def _note_other_owner() -> None:
+    """One line where another project's package has, or shares, the name of the command or of the import."""
+    for other, name in (("torchtune", "the command `tune`"), ("torchft", "the import name `torchft`")):
+        try:
+            importlib.metadata.distribution(other)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        print(f"note: {other} is installed here and owns {name} too; use an environment without it", file=sys.stderr)

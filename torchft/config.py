@@ -1,0 +1,122 @@
+"""The options of every recipe: five groups of typed, defaulted fields.
+
+`torchft.parse.parse` merges a YAML file and dotted `key=value` overrides into these dataclasses; `torchft/checks.py` holds
+which values are accepted. A YAML holds only what differs from the defaults below.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchft.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """Which weights, in which storage, and how memory is traded for time."""
+
+    path: str = ""  # a Hugging Face model directory, or builtin:tiny_llama
+    weights: str = "pretrained"  # pretrained | random (benchmarks and tests: needs only config.json, never exported)
+    dtype: str = "bfloat16"  # of the frozen base: bfloat16 | float32
+    quantize: str = "none"  # none | nf4 (QLoRA: frozen linears in 4 bits, double-quantised)
+    activation_checkpointing: str = "none"  # none | full | every_<n>: recompute every n-th block in backward
+    offload_activations: bool = False  # keep the checkpointed block inputs in CPU memory
+    compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off
+
+
+@dataclass
+class LoraOptions:
+    """The adapter. Ranks and scales as in Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha / rank, or alpha / sqrt(rank) with rslora
+    dropout: float = 0.0  # on the adapter's input
+    rslora: bool = False  # https://arxiv.org/abs/2312.03732
+    dora: bool = False  # https://arxiv.org/abs/2402.09353
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # leaf names; all-linear: all but lm_head
+    modules_to_save: list[str] = field(default_factory=list)  # trained whole beside the adapter: embed_tokens, lm_head
+    new_tokens: list[str] = field(default_factory=list)  # added to the tokenizer; only their rows are trained
+    adapter: str = ""  # a PEFT adapter directory to start from; it decides the fields above
+
+
+@dataclass
+class SourceConfig:
+    """One data file or hub dataset. `data.train: file.jsonl` is short for `data.train: [{path: file.jsonl}]`."""
+
+    path: str = ""  # local .json .jsonl .csv .parquet, builtin:..., or a hub dataset's name
+    weight: float = 1.0  # how often each row is used per epoch: 2.0 = twice, 0.5 = a random half
+    split: str = "train"  # of a hub dataset
+    format: str = "auto"  # auto | instruct | messages | sharegpt | text
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> the file's, e.g. {instruction: question}
+
+
+@dataclass
+class DataConfig:
+    """What is read, how it becomes tokens, and which of them are trained."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    valid: list[SourceConfig] = field(default_factory=list)  # empty: no validation unless valid_fraction is set
+    valid_fraction: float = 0.0  # share of the training rows held out instead
+    chat_template: str = ""  # "" = the tokenizer's own; chatml | alpaca | a .jinja file
+    train_on: str = "all"  # all assistant turns | last
+    max_seq_len: int = 2048  # tokens per row
+    packing: bool = True  # several examples per row, kept apart by the attention mask
+    truncation: str = "drop"  # drop | right: what happens to examples longer than max_seq_len
+    max_bad_rows: float = 0.01  # share of unusable rows above which the run is refused
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    name: str = "adamw"  # adamw | adamw_8bit (torchao; needs a C compiler)
+    lr: float = 2e-4
+    schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
+    warmup_steps: int = 10
+    min_lr_ratio: float = 0.0  # the schedule ends at lr * min_lr_ratio
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0  # global norm; 0 = no clipping, the norm is still logged
+
+
+@dataclass
+class RunConfig:
+    """How long, how often, where to."""
+
+    out: str = "out"  # directory for checkpoints, logs and the result
+    seed: int = 0
+    epochs: int = 1
+    max_steps: int = 0  # optimizer steps; 0 = no limit. The first of epochs and max_steps reached ends the run
+    global_batch_size: int = 8  # rows per optimizer step over all processes
+    micro_batch_size: int = 1  # upper bound on rows per forward and process
+    log_every: int = 1  # optimizer steps, as all of the following
+    eval_every: int = 0  # 0 = only at the end
+    save_every: int = 0  # 0 = only at the end
+    keep_last: int = 2  # checkpoints kept
+    keep_best: bool = False  # also keep the one with the lowest validation loss, and export it
+    resume: str = "never"  # never | auto (newest checkpoint that verifies, else fresh) | a checkpoint directory
+    sample_rows: int = 3  # validation prompts answered and printed at each validation
+    exact_match_rows: int = 0  # validation rows answered greedily and scored before and after training
+    max_new_tokens: int = 128  # for those answers
+    deterministic: bool = False  # torch.use_deterministic_algorithms: bit-exact resume on GPU, slower
+    tensorboard: bool = False
+    wandb_project: str = ""
+    profile_steps: int = 0  # torch profiler over this many steps, after two warm-up steps
+    memory_snapshot: bool = False  # CUDA allocation history of the run's first steps, as JSON
+
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+def resolve_path(text: str) -> Path:
+    """The file or directory that a path in a config means: `builtin:NAME` is shipped with torchft, `~` is the home directory.
+
+    Raises UserError for a builtin that does not exist.
+    """
+    if not text.startswith("builtin:"):
+        return Path(text).expanduser()
+    path = (ASSETS / text.removeprefix("builtin:")).resolve()
+    if path == ASSETS or not path.is_relative_to(ASSETS) or not path.exists():
+        shipped = sorted(f"builtin:{entry.relative_to(ASSETS)}" for entry in ASSETS.glob("*") if entry.is_dir())
+        raise UserError(f"{text} is not shipped with torchft; there are {', '.join(shipped)} and the files in them")
+    return path

@@ -1,0 +1,64 @@
+"""How a run that fails says so: an error of the user's without a traceback, any other with its own.
+
+On several processes, under torchrun (which sets TORCHELASTIC_ERROR_FILE) the failure goes to that file instead of the
+screen, for the launcher to print the first failing rank's last; `torchft/launch.py` and torchrun itself both do.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from types import TracebackType
+
+from torchft.distributed import rank
+from torchft.errors import ConfigError, UserError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def install_excepthook() -> None:
+    """From now on, an exception that nobody catches ends the process as `report` says."""
+    sys.excepthook = report
+
+
+def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints an uncaught exception and leaves: exit code 2 for a wrong config, 130 for Ctrl-C, else 1."""
+    text, code = describe(kind, error, trace)
+    sys.stdout.flush()
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file and write_error_file(error_file, f"{kind.__name__}: {error}", text, code):
+        if (
+            os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        ):  # the launcher prints only the last attempt's failure
+            print(text, file=sys.stderr)
+        # Not SystemExit: shutting down communicators with the other ranks waiting in a collective can hang for minutes.
+        sys.stderr.flush()
+        os._exit(code)
+    print(text, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def describe(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> tuple[str, int]:
+    """What to print for an exception, and the exit code."""
+    if issubclass(kind, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if issubclass(kind, UserError):
+        return f"error: {error}", 2 if issubclass(kind, ConfigError) else 1
+    return "".join(traceback.format_exception(kind, error, trace)).rstrip(), 1
+
+
+def write_error_file(path: str, message: str, text: str, code: int) -> bool:
+    """Writes torchrun's error file; False if that fails.
+
+    The format is torch.distributed.elastic.multiprocessing.errors.ErrorHandler's; `rank`, `time` and `exit_code` are
+    added for torchft/launch.py, because torchrun orders failures by whole seconds.
+    """
+    now = time.time()
+    extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now, "rank": rank(), "exit_code": code}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    except OSError:
+        return False
+    return True

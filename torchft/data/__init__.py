@@ -1,0 +1,1 @@
+"""Rows to batches: tokenizers, chat templates, tokens and masks, data sets, packing, loading, reports."""

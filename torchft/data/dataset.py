@@ -1,0 +1,269 @@
+"""A dataset: the tokens of all its examples in flat arrays, made once, kept on disk, and accounted for row by row.
+
+    dataset = build_dataset(cfg.data.train, cfg.data, tokenizer, template)
+    train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed)  # the same for both parts of a config
+
+Every row read is either used or dropped under a reason, which counts it once; a source that loses more than
+`data.max_bad_rows` of its rows is refused. A conversation is one sample. A plain text is cut into as many samples as it
+needs. Order, packing and batches are not decided here (packing.py, loader.py).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from torchft.config import DataConfig, SourceConfig
+from torchft.data.cache import cache_file, cache_key, hash_arrays, load_arrays, store_arrays
+from torchft.data.chat_template import ChatTemplate
+from torchft.data.formats import Example, to_example
+from torchft.data.layout import Layout, detect_layout
+from torchft.data.packing import HOLD_OUT, shuffled
+from torchft.data.rows import BadRow, Row
+from torchft.data.samples import Sample, make_samples
+from torchft.data.sources import read_source
+from torchft.data.tokenizer import Tokenizer
+from torchft.errors import UserError
+
+FIRST = 5  # places named per reason
+ARRAYS = ("ids", "supervised", "starts", "lengths", "source", "row")
+
+
+@dataclass
+class SourceReport:
+    """What became of the rows of one source."""
+
+    name: str  # the path in the config
+    layout: Layout
+    read: int = 0  # rows
+    used: int = 0  # rows with at least one sample
+    reasons: Counter[str] = field(default_factory=Counter)  # rows dropped: reason -> how many
+    places: dict[str, list[str]] = field(default_factory=dict)  # reason -> "file:line: detail" of the first few
+    notes: Counter[str] = field(default_factory=Counter)  # what happened to rows that are used
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return vars(self) | {"layout": vars(self.layout)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "SourceReport":
+        """The report that `to_json` took apart."""
+        counts = {name: Counter(values[name]) for name in ("reasons", "notes")}
+        return cls(**values | counts | {"layout": Layout(**values["layout"])})
+
+    def drop(self, where: str, error: BadRow) -> None:
+        """Count a row as dropped."""
+        self.reasons[error.reason] += 1
+        places = self.places.setdefault(error.reason, [])
+        if len(places) < FIRST:
+            places.append(f"{where}: {error.detail}" if error.detail else where)
+
+
+@dataclass
+class Dataset:
+    """Samples, each a run of tokens in flat arrays: sample s is ids[starts[s]:starts[s] + lengths[s]]."""
+
+    ids: np.ndarray  # (N,) int32
+    supervised: np.ndarray  # (N,) bool: the NEXT token is a target; False at the last token of a sample
+    starts: np.ndarray  # (S,) int64
+    lengths: np.ndarray  # (S,) int64
+    source: np.ndarray  # (S,) int64, index into sources
+    row: np.ndarray  # (S,) int64, which row of its source, from 0
+    sources: list[SourceConfig]
+    reports: list[SourceReport]
+    key: str  # config key of the sources
+    cache_note: str = ""  # where the tokens came from, one line
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def weights(self) -> list[float]:
+        """How often each source's samples are used per epoch."""
+        return [source.weight for source in self.sources]
+
+    @cached_property
+    def num_supervised(self) -> np.ndarray:
+        """Targets in each sample, (S,) int64."""
+        before = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
+        return before[self.starts + self.lengths] - before[self.starts]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return {name: getattr(self, name) for name in ARRAYS}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that training sees of the data: with equal options, equal fingerprints give equal batches."""
+        return hash_arrays(self.arrays | {"weights": np.array(self.weights)})
+
+    def example(self, index: int) -> Example:
+        """The conversation or text of a sample, read again from its source when first asked for."""
+        number = int(self.source[index])
+        if number not in self._rows:
+            self._rows[number] = read_source(self.sources[number], f"{self.key}[{number}]")
+        return to_example(self._rows[number][self.row[index]], self.reports[number].layout)
+
+    @cached_property
+    def _rows(self) -> dict[int, list[Row]]:
+        return {}
+
+    def select(self, samples: np.ndarray) -> "Dataset":
+        """The dataset of some samples, over the same arrays; its reports are still those of all that was read."""
+        picked = {name: getattr(self, name)[samples] for name in ("starts", "lengths", "source", "row")}
+        return replace(self, **picked)
+
+
+def build_dataset(
+    sources: list[SourceConfig],
+    data_cfg: DataConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    *,
+    key: str = "data.train",
+    use_cache: bool = True,
+    quiet: bool = False,
+) -> Dataset:
+    """Read and tokenise the sources, or take the tokens from the cache if nothing that decides them has changed.
+
+    Args:
+        template: None is enough for plain texts.
+        key: config key of the sources, for messages.
+        quiet: no progress bar and no lines, as on all but one process.
+    Raises: UserError, naming file and line, for what read_source and detect_layout refuse, for a conversation without a
+        template, and for a source with too many bad rows or none that can be used.
+    """
+    if not sources:
+        raise UserError(f"{key}: no data; name a file or a hub dataset, e.g. {key}=train.jsonl")
+    entry = cache_key(sources, data_cfg, tokenizer, template, key) if use_cache else ""
+    stored = load_arrays(entry, quiet) if use_cache else None
+    if stored is not None:
+        arrays, facts = stored
+        reports = [SourceReport.from_json(report) for report in facts["reports"]]
+        return Dataset(**arrays, sources=sources, reports=reports, key=key, cache_note=f"from {cache_file(entry)}")
+    dataset = _tokenize_sources(sources, data_cfg, tokenizer, template, key=key, quiet=quiet)
+    if use_cache:
+        store_arrays(entry, dataset.arrays, {"reports": [report.to_json() for report in dataset.reports]}, quiet)
+    return dataset
+
+
+def _tokenize_sources(
+    sources: list[SourceConfig],
+    data_cfg: DataConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    *,
+    key: str,
+    quiet: bool,
+) -> Dataset:
+    heres = [f"{key}[{number}]" for number in range(len(sources))]
+    tables = [read_source(source, here) for source, here in zip(sources, heres, strict=True)]
+    reports = [
+        SourceReport(source.path, _layout(rows, source, template, here), read=len(rows))
+        for source, rows, here in zip(sources, tables, heres, strict=True)
+    ]
+    samples: list[Sample] = []
+    owners: list[tuple[int, int]] = []  # (source, row) of each sample
+    # disable=None: no bar where the output is not a terminal
+    with tqdm(total=sum(map(len, tables)), desc="tokenising", unit=" rows", leave=False, disable=quiet or None) as bar:
+        for number, (rows, report) in enumerate(zip(tables, reports, strict=True)):
+            for index, row in enumerate(rows):
+                made = _count_samples(row, report, data_cfg, tokenizer, template)
+                samples += made
+                owners += [(number, index)] * len(made)
+                bar.update()
+            _check_bad_rows(report, data_cfg.max_bad_rows, heres[number])
+    lengths = np.array([len(ids) for ids, _ in samples], np.int64)
+    where = np.array(owners, np.int64)
+    return Dataset(
+        ids=np.concatenate([ids for ids, _ in samples]),
+        supervised=np.concatenate([np.append(trained[1:], False) for _, trained in samples]),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        source=where[:, 0].copy(),
+        row=where[:, 1].copy(),
+        sources=sources,
+        reports=reports,
+        key=key,
+    )
+
+
+def _count_samples(
+    row: Row, report: SourceReport, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[Sample]:
+    """The samples of one row, which the report counts as used, or as dropped if there are none."""
+    try:
+        samples, notes = make_samples(to_example(row, report.layout), data_cfg, tokenizer, template)
+    except BadRow as error:
+        report.drop(row.where, error)
+        return []
+    report.used += 1
+    report.notes.update(notes)
+    return samples
+
+
+def _layout(rows: list[Row], source: SourceConfig, template: ChatTemplate | None, here: str) -> Layout:
+    if not any(row.values is not None for row in rows):
+        first = f"; the first, {rows[0].where}: {rows[0].problem}" if rows else ""
+        raise UserError(f"{here}: none of the {len(rows)} rows of {source.path} can be read{first}")
+    layout = detect_layout(rows, source, here)
+    if layout.format != "text" and template is None:
+        raise UserError(
+            f"{here}: {source.path} holds conversations and the tokenizer has no chat template; "
+            f"set data.chat_template to chatml, alpaca or a .jinja file"
+        )
+    return layout
+
+
+def _check_bad_rows(report: SourceReport, max_bad_rows: float, here: str) -> None:
+    bad = report.read - report.used
+    assert bad == report.reasons.total(), (bad, report.reasons)
+    if report.used and bad <= max_bad_rows * report.read:
+        return
+    lines = [
+        f"  {count:,} {reason}: {'; '.join(report.places[reason])}{' ...' if count > FIRST else ''}"
+        for reason, count in report.reasons.most_common()
+    ]
+    raise UserError(
+        "\n".join(
+            [
+                f"{here}: {bad:,} of {report.read:,} rows of {report.name} cannot be used "
+                f"({100 * bad / report.read:.1f}%, data.max_bad_rows allows {100 * max_bad_rows:g}%"
+                f"{'' if report.used else '; none is left'}):",
+                *lines,
+                "mend the rows, or change the options named, or raise data.max_bad_rows to drop them",
+            ]
+        )
+    )
+
+
+def build_datasets(
+    data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, *, quiet: bool = False
+) -> tuple[Dataset, Dataset | None]:
+    """(training data, validation data): `data.valid` if it names any, else a share of the training data, else None.
+
+    Arguments and errors as in `build_dataset` and `hold_out`.
+    """
+    train = build_dataset(data_cfg.train, data_cfg, tokenizer, template, quiet=quiet)
+    if data_cfg.valid:
+        return train, build_dataset(data_cfg.valid, data_cfg, tokenizer, template, key="data.valid", quiet=quiet)
+    return hold_out(train, data_cfg.valid_fraction, seed) if data_cfg.valid_fraction else (train, None)
+
+
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(training part, held-out part) of a dataset: a random share of its samples, the same for the same seed.
+
+    Raises: UserError if either part would be empty.
+    """
+    count = round(fraction * len(dataset))
+    if not 0 < count < len(dataset):
+        raise UserError(
+            f"data.valid_fraction: {fraction} of {len(dataset)} samples is {count}: one part would be empty; "
+            f"change it, or name a file in data.valid"
+        )
+    order = shuffled(len(dataset), seed, HOLD_OUT)
+    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))

@@ -1,0 +1,128 @@
+"""Which format a source has, told by its columns.
+
+    layout = detect_layout(rows, SourceConfig(path="train.jsonl"), "data.train[0]")
+    layout.format, layout.columns    # "instruct", {"instruction": "instruction", "output": "output"}
+
+The columns that at least half of the readable rows have decide. Where they fit no format or more than one, the error
+names the option that settles it; a column map that names what is not there is an error with the nearest name;
+preference pairs are refused.
+"""
+
+import difflib
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchft.config import SourceConfig
+from torchft.data.rows import Row
+from torchft.errors import UserError
+
+PAIRS = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
+NEEDED = {  # the column sets of each format, any one of which makes it
+    "instruct": PAIRS,
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",),),
+    "text": (("text",),),
+}
+OPTIONAL = {"instruct": ("input", "system"), "messages": ("tools",), "sharegpt": ("tools", "system"), "text": ()}
+Fit = tuple[str, tuple[str, ...]]  # a format, and the columns of ours that make it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which format a source has, and in which of its columns our names are found."""
+
+    format: str
+    columns: dict[str, str]  # our name -> the file's
+    unused: list[str] = field(default_factory=list)  # the file's other columns
+
+
+def detect_layout(rows: list[Row], source: SourceConfig, key: str) -> Layout:
+    """The format and columns of a source, from its options and from the columns of its rows.
+
+    Raises: UserError, naming the option to set, if an option is wrong or the columns fit no format or more than one.
+    """
+    tables = [row.values for row in rows if row.values is not None]
+    counts = Counter(itertools.chain.from_iterable(tables))
+    _check_options(source, counts, key)
+    usual = [name for name, count in counts.items() if 2 * count >= len(tables)]
+    names = _our_names(usual, source.columns)
+    _refuse_preference(names, tables, source, key)
+    fits = _fits(names, source)
+    if len(fits) != 1:
+        raise UserError(_several_fit(fits, source, key) if fits else _none_fits(usual, source, key))
+    form, needed = fits[0]
+    ours = (*needed, *_optional(form, needed, counts, source.columns))
+    columns = {name: source.columns.get(name, name) for name in ours}
+    return Layout(form, columns, [name for name in counts if name not in columns.values()])
+
+
+def _our_names(theirs: list[str], mapped: dict[str, str]) -> set[str]:
+    """The file's column names, those in the map under our names; a like-named column is hidden by what is mapped."""
+    renamed = {column: ours for ours, column in mapped.items()}
+    return {renamed.get(name, name) for name in theirs if name in renamed or name not in mapped} | set(mapped)
+
+
+def _fits(names: set[str], source: SourceConfig) -> list[Fit]:
+    """The formats that the names allow. A column map that holds a format's columns decides for it."""
+    forms = NEEDED if source.format == "auto" else {source.format: NEEDED[source.format]}
+    fits = [(form, needed) for form in forms for needed in forms[form] if set(needed) <= names]
+    mapped = [(form, needed) for form, needed in fits if set(needed) <= set(source.columns)]
+    return mapped or fits
+
+
+def _optional(form: str, needed: tuple[str, ...], counts: Counter[str], mapped: dict[str, str]) -> list[str]:
+    """The optional columns there are: one counts from its first row on, as tools may stand in a few rows only."""
+    # `input` belongs to `instruction`: beside `question` it is somebody else's, unless it is mapped
+    known = [name for name in OPTIONAL[form] if name != "input" or "instruction" in needed or name in mapped]
+    return [name for name in known if name in mapped or (name in counts and name not in mapped.values())]
+
+
+def _check_options(source: SourceConfig, counts: Counter[str], key: str) -> None:
+    if source.format not in ("auto", *NEEDED):
+        raise UserError(f"{key}.format: {source.format!r} is not known{_nearest(source.format, ['auto', *NEEDED])}")
+    forms = NEEDED if source.format == "auto" else [source.format]
+    known = sorted({name for form in forms for names in (*NEEDED[form], OPTIONAL[form]) for name in names})
+    for ours, theirs in source.columns.items():
+        if ours not in known:
+            raise UserError(f"{key}.columns: {ours!r} is not a name of ours{_nearest(ours, known)}")
+        if theirs not in counts:
+            near = _nearest(theirs, sorted(counts))
+            raise UserError(f"{key}.columns.{ours}: {source.path} has no column {theirs!r}{near}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _refuse_preference(names: set[str], tables: list[dict[str, Any]], source: SourceConfig, key: str) -> None:
+    """Two answers per row (DPO), or one with a verdict (KTO). Who names the format may train on them all the same."""
+    if source.format != "auto":
+        return
+    pair = {"chosen", "rejected"} <= names
+    verdict = bool({"messages", "completion"} & names) and any(isinstance(row.get("label"), bool) for row in tables)
+    if pair or verdict:
+        found = "chosen, rejected" if pair else "label"
+        raise UserError(
+            f"{key}: {source.path} is preference data (it has {found}), which is not trained on here; "
+            f"give a file with one answer per row, or set {key}.format to train on its conversations all the same"
+        )
+
+
+def _several_fit(fits: list[Fit], source: SourceConfig, key: str) -> str:
+    said = " and ".join(f"{form} ({', '.join(needed)})" for form, needed in fits)
+    fix = f"{key}.format"
+    if len({form for form, _ in fits}) == 1:  # two pairs of instruct: the format does not decide
+        fix = f"{key}.columns, e.g. {{{', '.join(f'{name}: {name}' for name in fits[0][1])}}}"
+    return f"{key}: the columns of {source.path} fit {said}; set {fix}"
+
+
+def _none_fits(names: list[str], source: SourceConfig, key: str) -> str:
+    forms = NEEDED if source.format == "auto" else [source.format]
+    wanted = "; ".join(f"{form}: {' or '.join(map(', '.join, NEEDED[form]))}" for form in forms)
+    return (
+        f"{key}.format: {source.path} has the columns {', '.join(names) or '(none)'}, which fit no format ({wanted}); "
+        f"map them, e.g. {key}.columns: {{instruction: {names[0] if names else 'question'}, output: ...}}"
+    )

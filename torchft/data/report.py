@@ -1,0 +1,101 @@
+"""What became of the data, in words and in colour: behind `tune data CONFIG`.
+
+    print(report(dataset, loader))
+    print(render_example(dataset, 0, tokenizer, color=wants_color(sys.stdout)))
+
+The report accounts for every row read, with file and line of what was dropped. An example is shown as the model sees
+it, control tokens by name, the tokens that are trained in green (or between {+ and +} where there is no colour).
+"""
+
+import os
+from typing import TextIO
+
+import numpy as np
+
+from torchft.data.dataset import FIRST, Dataset, SourceReport
+from torchft.data.loader import Loader
+from torchft.data.tokenizer import Tokenizer
+
+TRAINED, BOLD, DIM, OFF = "\x1b[32m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Whether to write colours to a stream: a terminal, and no NO_COLOR in the environment (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def report(dataset: Dataset, loader: Loader | None = None) -> str:
+    """The account of a data set: rows per source and reason, tokens, lengths, and what the loader planned with them."""
+    lines = []
+    for number, source in enumerate(dataset.reports):
+        mine = dataset.source == number
+        lines += [f"{dataset.key}[{number}]  {source.name}", *_source_lines(source)]
+        weight = dataset.weights[number]
+        if weight != 1:
+            lines.append(f"  weight      {weight:g}: a row is used {weight:g} times per epoch on average")
+        lines += _token_lines(dataset.lengths[mine], dataset.num_supervised[mine])
+    if len(dataset.reports) > 1:
+        lines += ["all together", *_token_lines(dataset.lengths, dataset.num_supervised)]
+    if dataset.cache_note:
+        lines.append(f"tokens read {dataset.cache_note}")
+    if loader is not None:
+        lines += loader.summary().splitlines()
+    return "\n".join(lines)
+
+
+def _source_lines(source: SourceReport) -> list[str]:
+    columns = ", ".join(
+        ours if ours == theirs else f"{ours}={theirs}" for ours, theirs in source.layout.columns.items()
+    )
+    lines = [
+        f"  format      {source.layout.format} ({columns})",
+        f"  rows        {source.read:,} read: {source.used:,} used, {source.read - source.used:,} dropped",
+    ]
+    for reason, count in source.reasons.most_common():
+        lines.append(f"  dropped     {count:,} {reason}")
+        lines += [f"                {place}" for place in source.places[reason]]
+        lines += [f"                and {count - FIRST:,} more"] * (count > FIRST)
+    lines += [f"  note        {count:,} x {note}" for note, count in source.notes.most_common()]
+    if source.layout.unused:
+        lines.append(f"  not read    columns {', '.join(source.layout.unused)}")
+    return lines
+
+
+def _token_lines(lengths: np.ndarray, supervised: np.ndarray) -> list[str]:
+    if not len(lengths):
+        return ["  tokens      none: no example of it is in this part"]
+    total, trained = int(lengths.sum()), int(supervised.sum())
+    low, half, most, nearly, high = np.percentile(lengths, [0, 50, 90, 99, 100], method="inverted_cdf").tolist()
+    return [
+        f"  tokens      {total:,} in {len(lengths):,} examples, {trained:,} trained ({100 * trained / total:.1f}%)",
+        f"  length      {low:,} to {high:,} tokens, median {half:,}, 90% up to {most:,}, 99% up to {nearly:,}",
+    ]
+
+
+def render_example(dataset: Dataset, index: int, tokenizer: Tokenizer, *, color: bool) -> str:
+    """One example as the model sees it, below a line that says where it comes from."""
+    start, length = int(dataset.starts[index]), int(dataset.lengths[index])
+    ids = dataset.ids[start : start + length].tolist()
+    # a token is trained if the position before it is supervised; the first token never is
+    trained = [False, *dataset.supervised[start : start + length - 1].tolist()]
+    header = f"--- {dataset.example(index).where}: {length:,} tokens, {sum(trained):,} trained ---"
+    control = set(tokenizer.special_tokens.values())
+    kinds = [(on, color and token in control) for token, on in zip(ids, trained, strict=True)]
+    borders = [0, *(i for i in range(1, length) if kinds[i] != kinds[i - 1]), length]
+    parts, shown = [], ""
+    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+        # decoded from the start, as a token's text may depend on the one before (blanks of sentencepiece)
+        text = tokenizer.decode(ids[:end], skip_special=False)
+        parts.append(_paint(text[len(shown) :], *kinds[begin], color))
+        shown = text
+    body = "".join(parts)
+    return f"{DIM}{header}{OFF}\n{body}" if color else f"{header}\n{body}"
+
+
+def _paint(text: str, trained: bool, control: bool, color: bool) -> str:
+    """Text of one kind of token. Control characters of the data are spelled out: a terminal would obey them."""
+    visible = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    if not color:
+        return f"{{+{visible}+}}" if trained and visible else visible
+    codes = TRAINED * trained + (BOLD if trained else DIM) * control
+    return f"{codes}{visible}{OFF}" if codes else visible

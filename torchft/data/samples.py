@@ -1,0 +1,76 @@
+"""One row to samples: its tokens, which of them are trained, and what the limit on their number does to it.
+
+    samples, notes = make_samples(example, cfg.data, tokenizer, template)
+
+A conversation is one sample, dropped or cut at `data.max_seq_len` by `data.truncation`. A text is as many as it needs.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from torchft.config import DataConfig
+from torchft.data.chat_template import ChatTemplate, RowError
+from torchft.data.formats import Example
+from torchft.data.rows import BadRow
+from torchft.data.tokenize import Tokenized, tokenize_chat, tokenize_text
+from torchft.data.tokenizer import Tokenizer
+from torchft.errors import UserError
+
+MAX_TOKEN_CHARS = 128  # characters in the longest token of vocabularies in use: Llama 3's run of blanks
+Sample = tuple[np.ndarray, np.ndarray]  # ids (T,) int32, trained (T,) bool: whether the token itself is a target
+
+
+def make_samples(
+    example: Example, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[list[Sample], Counter[str]]:
+    """The samples of one row, and notes to count.
+
+    Raises: BadRow if there are none; UserError, naming file and line, if the template or the tokenizer cannot be used.
+    """
+    try:
+        if example.text is not None:
+            return _cut_text(tokenize_text(example.text, tokenizer), data_cfg.max_seq_len), Counter()
+        assert example.messages is not None and template is not None
+        if data_cfg.truncation == "drop":
+            _refuse_huge(example.messages, data_cfg.max_seq_len)
+        done = tokenize_chat(example.messages, example.tools, tokenizer, template, data_cfg.train_on)
+    except RowError as error:
+        raise BadRow("the chat template refuses it", str(error)) from None
+    except UserError as error:
+        raise UserError(f"{example.where}: {error}") from None
+    if not any(done.trained[1:]):
+        raise BadRow("nothing to train", ", ".join(done.notes))
+    return _truncate(done, data_cfg)
+
+
+def _refuse_huge(messages: list[dict[str, Any]], limit: int) -> None:
+    """Rows far beyond the limit are not tokenised first: it would take half a minute per 10 MB."""
+    characters = sum(len(message.get("content") or "") for message in messages)
+    if characters > MAX_TOKEN_CHARS * limit:
+        raise BadRow(f"longer than data.max_seq_len={limit}", f"{characters:,} characters")
+
+
+def _truncate(done: Tokenized, data_cfg: DataConfig) -> tuple[list[Sample], Counter[str]]:
+    """The sample of a conversation within the limit, by the policy. Raises: BadRow if none is left."""
+    limit, length, notes = data_cfg.max_seq_len, len(done.ids), Counter(done.notes)
+    if length > limit and data_cfg.truncation == "drop":
+        raise BadRow(f"longer than data.max_seq_len={limit}", f"{length:,} tokens")
+    # what follows the limit is gone, the end token too: a cut answer is not taught to stop there
+    ids, trained = np.array(done.ids[:limit], np.int32), np.array(done.trained[:limit], bool)
+    if not trained[1:].any():
+        raise BadRow(f"no answer left within data.max_seq_len={limit}", f"{length:,} tokens")
+    if length > limit:
+        notes["cut at data.max_seq_len"] += 1
+    return [(ids, trained)], notes
+
+
+def _cut_text(ids: list[int], limit: int) -> list[Sample]:
+    """A text in pieces of up to `limit` tokens, all of them targets but a piece's first. A piece begins with the last
+    token of the one before, so that every token of the text but the first is a target once."""
+    if len(ids) < 2:
+        raise BadRow("nothing to train", "a text of one token")
+    starts = range(0, len(ids) - 1, limit - 1)
+    pieces = [np.array(ids[start : start + limit], np.int32) for start in starts]
+    return [(piece, np.ones(len(piece), bool)) for piece in pieces]

@@ -1,0 +1,41 @@
+"""The device of a run: which one, how repeatable, and whether blocks are compiled for it."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from torchft.errors import UserError
+from torchft.modules.compiler import missing_compiler
+from torchft.modules.transformer import CausalLM
+
+
+def setup_device(seed: int, deterministic: bool) -> torch.device:
+    """The GPU of this process, else the CPU; torch's generators are seeded.
+
+    `deterministic`: a resumed run repeats an uninterrupted one bit for bit on a GPU too, at some speed; on the CPU it does so
+    anyway. cuBLAS reads its variable when it is first used, which is after this.
+    """
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compile_blocks(model: CausalLM, mode: str, device: torch.device, say: Callable[[str], None] = print) -> None:
+    """torch.compile every block in place, so that names stay as they are. What is decided is said in one line.
+
+    mode: on, off, or auto: on for CUDA where a compiler is installed. Raises UserError for `on` where there is none.
+    """
+    missing = missing_compiler(device)
+    if mode == "on" and missing:
+        raise UserError(f"model.compile is on, and this machine lacks {missing}: install it, or set model.compile=off")
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return
+    if missing:
+        say(f"compile: off, since this machine lacks {missing}; the run is slower and takes more memory")
+        return
+    for block in model.model.layers:
+        block.compile()
+    say(f"compile: {len(model.model.layers)} blocks, built during the first step")

@@ -1,0 +1,148 @@
+"""Behind `tune validate` and `tune data`: what a run would do, without loading a weight.
+
+`validate` reads the config, tokenises the data and builds the model on meta; the first step that fails says why.
+`data` prints the report of the data and a few coloured examples. Both take any config of the shipped recipes.
+"""
+
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
+from torchft.errors import UserError
+from torchft.parse import read_config
+
+GIB = 2**30
+INDENT = " " * 8
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: a code, an int8 scale per 64, an fp32 scale of those per 256
+TRAINED_BYTES = 4 * 4  # per trained parameter: fp32 value, gradient and AdamW's two moments
+SAVED_BYTES = 3 * 4  # per trained parameter and checkpoint: the same without the gradient
+
+
+@dataclass
+class Options:
+    """The groups that the recipes share; a field of a recipe's own is not checked here but when the recipe starts."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def validate(config: str, overrides: list[str]) -> None:
+    """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails."""
+    cfg = read_config(Options, config, overrides)
+    print(f"config  ok: {config}", flush=True)  # up to here without torch: a typo is found in a moment
+    vocab_size = check_data(cfg)
+    check_model(cfg, vocab_size)
+
+
+def show_data(config: str, overrides: list[str], examples: int) -> None:
+    """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour."""
+    from torchft.data.report import render_example, report, wants_color
+
+    cfg = read_config(Options, config, overrides)
+    tokenizer, loader, valid = load_data(cfg)
+    print(report(loader.dataset, loader))
+    if valid is not None:
+        print(report(valid))
+    for index in range(min(examples, len(loader.dataset))):
+        print("\n" + render_example(loader.dataset, index, tokenizer, color=wants_color(sys.stdout)))
+
+
+def load_data(cfg: Options):  # noqa: ANN201 (torchft.data is imported only where it is used)
+    """(tokenizer, loader of the training data, validation data or None), as a recipe makes them."""
+    from torchft.adapter import tokenizer_folder
+    from torchft.data.chat_template import load_template
+    from torchft.data.dataset import build_datasets
+    from torchft.data.loader import Loader
+    from torchft.data.tokenizer import load_tokenizer
+
+    run = cfg.run
+    tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), cfg.lora.adapter))
+    template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
+    train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed)
+    loader = Loader(train, cfg.data, cfg.run)
+    return tokenizer, loader, valid
+
+
+def check_data(cfg: Options) -> int:
+    """Tokenises all data and prints what the run would read. Returns the size of the vocabulary with lora.new_tokens."""
+    tokenizer, loader, valid = load_data(cfg)
+    held_out = 0 if valid is None else len(valid)
+    print(f"data    ok: {len(loader.dataset):,} examples, {held_out:,} held out")
+    print(textwrap.indent(loader.summary(), INDENT), flush=True)
+    return tokenizer.added_ids.stop
+
+
+def check_model(cfg: Options, vocab_size: int) -> None:
+    """Builds the model on meta and prints its parameters, what is trained, and the memory and disk that they take."""
+    from torchft.modules.lora import trainable_parameters
+
+    try:
+        model, reports = build(cfg, vocab_size)
+    except UserError:
+        raise
+    except ValueError as error:  # torchft.models and torchft.modules do not know UserError
+        raise UserError(str(error)) from None
+    trained = sum(param.numel() for param in trainable_parameters(model).values())
+    total = sum(param.numel() for param in model.parameters())
+    print(f"model   ok: {total:,} parameters, {trained:,} of them trained")
+    print(textwrap.indent("\n".join(reports), INDENT))
+    frozen = frozen_bytes(model, cfg.model.dtype) / GIB
+    print(
+        f"{INDENT}memory: {frozen:.2f} GiB frozen weights, {trained * TRAINED_BYTES / GIB:.2f} GiB for what is trained"
+    )
+    # beyond keep_last: the checkpoint being written, and the best one
+    check_disk(Path(cfg.run.out), trained * SAVED_BYTES * (cfg.run.keep_last + 2))
+
+
+def build(cfg: Options, vocab_size: int):  # noqa: ANN201 (torch is imported only where it is used)
+    """The model of a config on meta, with its adapters and storage types, and what was done to it, in lines."""
+    import torch
+
+    from torchft.adapter import attach_adapter, lora_spec
+    from torchft.models import build_model
+    from torchft.models import read_config as read_model_config
+    from torchft.modules.lora import add_lora
+    from torchft.modules.nf4 import quantize_nf4
+    from torchft.modules.vocab import resize_vocab, train_modules
+
+    lora = cfg.lora
+    with torch.device("meta"):
+        model = build_model(read_model_config(resolve_path(cfg.model.path)))
+    if lora.adapter:
+        report, _ = attach_adapter(model, resolve_path(lora.adapter))
+    else:
+        spec = lora_spec(lora)
+        report = add_lora(model, spec)
+        if lora.new_tokens:
+            resize_vocab(model, max(vocab_size, model.config.vocab_size))
+        train_modules(model, lora.modules_to_save or (["embed_tokens", "lm_head"] if lora.new_tokens else []))
+    reports = [str(report)]
+    if cfg.model.quantize == "nf4":
+        reports.append(str(quantize_nf4(model)))
+    return model, reports
+
+
+def frozen_bytes(model, dtype: str) -> float:  # noqa: ANN001 (a CausalLM; torch is imported only where it is used)
+    """Bytes that the frozen weights take on the device: NF4 ones in 4 bits, the others in `dtype`."""
+    from torchft.modules.nf4 import NF4Tensor
+
+    dense = {"bfloat16": 2, "float32": 4}[dtype]
+    frozen = [param for param in model.parameters() if not param.requires_grad]
+    return sum(param.numel() * (NF4_BYTES if isinstance(param, NF4Tensor) else dense) for param in frozen)
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Raises UserError if fewer than `needed` bytes are free where `out` will be."""
+    existing = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"run.out: its checkpoints take {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free at {existing}"
+        )
+    print(f"disk    ok: {needed / GIB:.2f} GiB for checkpoints, {free / GIB:.0f} GiB are free at {existing}")

@@ -1,0 +1,48 @@
+"""Result directories that exist whole or not at all: written beside the final name, fsynced, renamed last."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from torchft.atomic import fsync
+from torchft.errors import UserError
+
+
+@contextmanager
+def export_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside `final`; when the block ends well it is fsynced and renamed to `final`.
+
+    With `replace`, a directory that is there already stays until the new one is complete, and steps aside by a rename.
+    Unlike a checkpoint (atomic.py) the result holds nothing of ours: it is what other programs read.
+
+    Raises:
+        UserError: `final` exists and `replace` is not set, or something cannot be written. `final` is then as it was.
+    """
+    if final.exists() and not replace:
+        raise UserError(f"{final} exists already and is never written over; choose another directory or move it away")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error.strerror}") from None
+    old, new = work / "old", work / "new"
+    try:
+        new.mkdir()  # with the usual permissions, where mkdtemp's are the owner's alone
+        yield new
+        for path in [*new.iterdir(), new]:
+            fsync(path)
+        if final.exists():
+            os.rename(final, old)
+        os.rename(new, final)
+        fsync(final.parent)
+    except (OSError, SafetensorError) as error:  # disk full, quota, read-only
+        raise UserError(f"{final} cannot be written: {error}; free space or choose another directory") from None
+    finally:
+        if old.exists() and not final.exists():  # it failed between the two renames
+            os.rename(old, final)
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""`tune run`: one process becomes the recipe, several are started by torchrun's own launcher.
+
+One process: `exec python FILE ...`, so that a traceback begins in the user's file. Several: every option of torchrun
+stands before the recipe and is read by torchrun's parser; when a rank fails, the first failing rank's traceback is
+printed last and the launcher's own is not printed. Leaves out: setting up process groups, which a recipe does itself.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from torchft.errors import UserError
+from torchft.names import find_recipe
+
+USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
+
+
+class Failure(NamedTuple):
+    """What one failed process left behind."""
+
+    rank: int  # over all nodes
+    time: float  # seconds since 1970
+    text: str  # what to print: its traceback, or its error line
+    exit_code: int
+
+
+def run(argv: list[str]) -> NoReturn:
+    """Runs a recipe and exits with its exit code; the command line after `tune run`."""
+    if not argv:
+        raise UserError(f"no recipe is given; {USAGE}; `tune ls` lists the recipes")
+    if not argv[0].startswith("-"):
+        check_order(argv[1:])
+        path = find_recipe(argv[0])
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, str(path), *argv[1:]])
+    sys.exit(run_workers(argv))
+
+
+def check_order(arguments: list[str]) -> None:
+    """torchrun's options belong before the recipe; after it they would reach the recipe, which knows none of them."""
+    for argument in arguments:
+        if argument.startswith(
+            ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
+        ):
+            raise UserError(f"{argument} is torchrun's and stands before the recipe: {USAGE}")
+
+
+def run_workers(argv: list[str]) -> int:
+    """Starts one process per rank with torchrun's launcher, waits for all of them, and returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+
+    args = parse_torchrun_options(argv)
+    # torchrun's own lines about a failure (pid, "binary: python") say less than what is printed below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="tune_run_") as log_dir:
+        args.log_dir = args.log_dir or log_dir
+        config, command, command_args = launch_config(args)
+        try:
+            elastic_launch(config=config, entrypoint=command)(*command_args)
+        except ChildFailedError as error:
+            return print_failure(error.failures, args.log_dir)
+        except SignalException as error:
+            print(f"stopped by {error.sigval.name}", file=sys.stderr)
+            return 128 + error.sigval
+        except RendezvousError as error:
+            raise UserError(
+                f"the processes did not find each other: {error}; check --rdzv-endpoint, --nnodes"
+            ) from None
+    return 0
+
+
+def parse_torchrun_options(argv: list[str]) -> argparse.Namespace:
+    """torchrun's parsed options, with the recipe's file in place of its name."""
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog, parser.usage = "tune run", USAGE
+    args = parser.parse_args(argv)
+    check_order(args.training_script_args)
+    if not args.module and not args.no_python:
+        args.training_script = str(find_recipe(args.training_script))
+    chosen = {option.split("=")[0].replace("_", "-") for option in argv if option.startswith("--")}
+    if args.nnodes in ("1", "1:1") and not any(option.startswith(("--rdzv", "--master")) for option in chosen):
+        args.standalone = True  # a free port of this machine: two runs side by side do not meet on 29500
+    return args
+
+
+def launch_config(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
+    """torchrun's launch configuration, the command and its arguments."""
+    from torch.distributed.run import config_from_args, determine_local_world_size
+
+    try:
+        processes = determine_local_world_size(args.nproc_per_node)
+        if args.standalone:
+            args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+        if processes > 1:  # without it torchrun takes 1 and prints a box about it
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        return config_from_args(args)
+    except (ValueError, RuntimeError, AssertionError) as error:  # what torchrun raises for impossible option values
+        raise UserError(f"torchrun refuses these options: {error}") from None
+
+
+def print_failure(failures: dict[int, Any], log_dir: str) -> int:
+    """Prints the first failing rank's traceback as the last thing on the screen, and returns its exit code."""
+    # Error files first: a rank that was stopped after it wrote one is among `failures` as ended by SIGTERM.
+    known = {failure.rank: failure for failure in read_error_files(log_dir)}
+    for rank, failure in failures.items():
+        known.setdefault(rank, describe_failure(rank, failure))
+    first = min(known.values(), key=lambda failure: failure.time)
+    others = sorted(rank for rank, failure in known.items() if rank != first.rank and failure.time < math.inf)
+    more = f" (after it: rank {', '.join(map(str, others))})" if others else ""
+    head = "" if first.text.startswith("error: ") else f"\nrank {first.rank} failed first{more}:\n"
+    print(head + first.text, file=sys.stderr, flush=True)
+    return first.exit_code
+
+
+def describe_failure(rank: int, failure: Any) -> Failure:
+    """A process that ended without an error file, from torch's ProcessFailure (exitcode below 0: a signal's number)."""
+    if failure.exitcode > 0:
+        text = f"it left with exit code {failure.exitcode}; what it printed stands above"
+        return Failure(rank, failure.timestamp, text, failure.exitcode)
+    name = signal.Signals(-failure.exitcode).name
+    hint = ", which is often the kernel's answer to memory running out" if name == "SIGKILL" else ""
+    # The launcher stops the other ranks with SIGTERM once one has failed: such a rank was never first.
+    time = math.inf if name == "SIGTERM" else failure.timestamp
+    return Failure(rank, time, f"it was ended by {name}{hint}", 128 - failure.exitcode)
+
+
+def read_error_files(log_dir: str) -> list[Failure]:
+    """The failures in the error files that torchft/crash.py wrote below torchrun's log directory."""
+    found = []
+    files = list(Path(log_dir).rglob("error.json"))  # <run>/attempt_<n>/<local rank>/error.json
+    attempt = max((path.parent.parent for path in files), key=lambda folder: folder.stat().st_mtime, default=None)
+    for path in files:
+        if path.parent.parent != attempt:  # of an attempt that torchrun's --max-restarts has repeated since
+            continue
+        try:
+            extra = json.loads(path.read_text(encoding="utf-8"))["message"]["extraInfo"]
+            found.append(Failure(extra["rank"], extra["time"], extra["py_callstack"], extra["exit_code"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # half written by a process that was being stopped: its rank did not fail first
+    return found

@@ -1,0 +1,299 @@
+"""`tune merge`: base model + adapter -> a Hugging Face model directory without adapters, shard by shard.
+
+Every written tensor is read back and compared, and where memory allows the logits of the merged model are compared with
+those of base and adapter. At most one output shard is in memory while writing.
+
+Which base an adapter that was trained on NF4 weights (QLoRA) is merged into is a choice (PITFALLS M8). The default is
+the checkpoint's own weights: they are the better model, and other programs load adapter and base that way too.
+`nf4_base` merges into the dequantised weights, which is exactly the model that was trained. The output says which.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from torchft.adapter import adapter_tensors, attach_adapter, load_adapter, probe_logits, read_tensors, weights_file
+from torchft.atomic import write_bytes
+from torchft.errors import UserError
+from torchft.export import export_directory
+from torchft.hf_checkpoint import INDEX, SINGLE, Checkpoint, contained, open_checkpoint
+from torchft.models import build_model, read_config
+from torchft.modules import nf4
+from torchft.modules.lora import lora_layers, merged_weight
+from torchft.modules.transformer import CausalLM
+from torchft.safetensors_header import read_header
+from torchft.weights import ENDS, FLOATS, load_weights
+
+MAX_SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+}
+COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")  # a licence that asks for it travels with the weights
+
+# Largest ||merged - reference|| / ||reference|| of logits computed in fp32. What differs is the rounding of the merged
+# weights, 2^-9 for bf16: it moved the logits of 2 layers by 0.2% to 0.4%, and grows with the depth.
+LOGIT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written and what was compared."""
+
+    out: Path
+    num_tensors: int
+    num_changed: int  # tensors that differ from the base's
+    base: str  # which base it was merged into
+    logit_error: float | None  # relative, against base + adapter; None: not enough memory for the model in fp32
+
+    def __str__(self) -> str:
+        logits = "logits were NOT compared: the model in fp32 does not fit into memory"
+        if self.logit_error is not None:
+            logits = f"logits differ from base + adapter by {self.logit_error:.1e} (relative)"
+        tensors = f"{self.num_tensors} tensors, {self.num_changed} of them changed"
+        return f"{self.out}: {tensors}, merged into {self.base}; each read back and compared; {logits}"
+
+
+def merge(
+    base_path: str | Path,
+    adapter_path: str | Path,
+    out_path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    nf4_base: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> MergeReport:
+    """Write base + adapter as one model directory, verify it, and give it its name last.
+
+    Args:
+        dtype: of the written weights; None keeps each tensor's own.
+        nf4_base: merge into the weights as NF4 training saw them, instead of into the checkpoint's own.
+        max_shard_bytes: of one file; a model that needs several gets an index.
+
+    Raises:
+        UserError: base or adapter are not sound or do not fit each other, `out_path` exists, the disk is full, the
+            merged model equals the base, or what was written is not what was computed.
+    """
+    parts = _take_apart(Path(base_path), Path(adapter_path), nf4_base)
+    out, hf = Path(out_path), read_config(base_path)
+    dtypes = {name: dtype or FLOATS[parts.base.tensors[source].dtype] for name, source in parts.sources.items()}
+    sizes = {name: parts.shape(name).numel() * dtypes[name].itemsize for name in parts.sources}
+    shards = _plan_shards(sizes, max_shard_bytes)
+    num_changed = 0
+    with export_directory(out) as folder:
+        _check_space(folder, sum(sizes.values()))
+        for file, names in shards.items():
+            num_changed += _write_shard(parts, folder / file, {name: dtypes[name] for name in names})
+        if num_changed == 0:
+            raise UserError(f"merged, {base_path} would be as before: the adapter {adapter_path} changes nothing")
+        if len(shards) > 1:
+            _write_index(folder, shards, sum(sizes.values()))
+        _write_config(parts, hf, folder, dtype)
+        _copy_companions(parts.base.path, Path(adapter_path), folder)
+        error = _check_logits(parts, folder, max(LOGIT_TOLERANCE[dtype] for dtype in dtypes.values()))
+    return MergeReport(out, len(sizes), num_changed, parts.base_words, error)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Base and adapter, tensor by tensor."""
+
+    base: Checkpoint
+    adapter: Path
+    model: CausalLM  # on meta but for its adapters
+    sources: dict[str, str]  # each written tensor -> the base's tensor it is made from
+    whole: dict[str, Tensor]  # trained whole: they take the base tensor's place
+    nf4_names: frozenset[str]  # linears that were NF4 in training, if the merge is into those
+    nf4_dtype: torch.dtype  # they were quantised from
+    base_words: str  # which base it is, for people
+
+    def shape(self, name: str) -> torch.Size:
+        return self.whole[name].shape if name in self.whole else torch.Size(self.base.tensors[self.sources[name]].shape)
+
+    def base_tensor(self, name: str) -> Tensor:
+        """The base's, as the adapter shall meet it."""
+        weight = self.base.read(self.sources[name])
+        if name.removesuffix(".weight") not in self.nf4_names or not name.endswith(".weight"):
+            return weight
+        return nf4.dequantize(nf4.to_nf4(weight.to(self.nf4_dtype)))
+
+    def merged(self, name: str, base: Tensor) -> Tensor:
+        """`base`, with what the adapter does to it; not yet rounded to the dtype it is written in."""
+        if name in self.whole:
+            return self.whole[name]
+        layer = lora_layers(self.model).get(name.removesuffix(".weight"))
+        if layer is None or not name.endswith(".weight"):  # a layer's bias is the base's
+            return base
+        on_meta = layer.weight
+        layer.weight = nn.Parameter(base, requires_grad=False)
+        try:
+            return merged_weight(layer)
+        finally:
+            layer.weight = on_meta
+
+
+def _take_apart(base_path: Path, adapter_path: Path, nf4_base: bool) -> _Parts:
+    """Open and check both; nothing of the base is read yet."""
+    base = open_checkpoint(base_path)
+    try:
+        with torch.device("meta"):
+            model = build_model(read_config(base_path))
+    except ValueError as error:
+        raise UserError(f"{base_path}: {error}") from None
+    was_tied = model.config.tie_word_embeddings
+    attach_adapter(model, adapter_path)
+    tensors = read_tensors(model, adapter_path)
+    _fill_adapters(model, tensors)
+    sources = _sources(base, was_tied, model.config.tie_word_embeddings)
+    whole = {name: tensors[name] for name in ENDS if name in tensors and name in sources}
+    trained_on = read_header(weights_file(adapter_path)).metadata
+    nf4_dtype = torch.float32 if trained_on.get("base_dtype") == "float32" else torch.bfloat16
+    words, nf4_names = "the checkpoint's own weights", frozenset()
+    if nf4_base:
+        words, nf4_names = "the dequantised NF4 weights", frozenset(nf4.quantize_nf4(model).quantized)
+    elif trained_on.get("base_quantization") == "nf4":
+        words += " (the adapter was trained on their NF4 form: --nf4-base merges into that)"
+    return _Parts(base, adapter_path, model, sources, whole, nf4_names, nf4_dtype, words)
+
+
+def _sources(base: Checkpoint, was_tied: bool, is_tied: bool) -> dict[str, str]:
+    """Each tensor to write -> the base's tensor it is made from, in the base's order; old RoPE buffers are left out."""
+    sources = {name: name for name in base.tensors if not name.endswith("rotary_emb.inv_freq")}
+    if was_tied:  # a file's own lm_head means nothing then
+        sources.pop(ENDS[1], None)
+        if not is_tied:
+            sources[ENDS[1]] = ENDS[0]
+    return sources
+
+
+def _fill_adapters(model: CausalLM, tensors: dict[str, Tensor]) -> None:
+    """A, B and DoRA's m of a model on meta, on the CPU; the base stays on meta."""
+    for name, param in adapter_tensors(model).items():
+        module_name, _, leaf = name.rpartition(".")
+        if ".lora_" in name:
+            setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensors[name].to(param.dtype)))
+
+
+def _plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensors, in the base's order, each file as full as `max_bytes` allows."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed + 2**20:
+        gib = f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on that disk"
+        raise UserError(f"{folder.parent.parent}: merging writes {gib}; free space or choose another place")
+
+
+def _write_shard(parts: _Parts, file: Path, dtypes: dict[str, torch.dtype]) -> int:
+    """Merge, write and read back the tensors of one file; returns how many of them the adapter changed."""
+    tensors, num_changed = {}, 0
+    for name, dtype in dtypes.items():
+        base = parts.base_tensor(name)
+        tensors[name] = parts.merged(name, base).to(dtype, copy=True).contiguous()
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(f"{name} holds NaN or infinity after merging in {dtype}; use --dtype float32")
+        num_changed += not torch.equal(tensors[name], base.to(dtype))
+    save_file(tensors, file, {"format": "pt", "merged_into": parts.base_words})
+    _read_back(file, tensors)
+    return num_changed
+
+
+def _read_back(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Compare a file with what was written into it, bit for bit."""
+    assert read_header(file).tensors.keys() == tensors.keys(), file
+    with safe_open(file, framework="pt", device="cpu") as written:
+        for name, tensor in tensors.items():
+            if not torch.equal(written.get_tensor(name), tensor):
+                raise UserError(f"{file}: {name} is not what was written; the disk may be failing: merge elsewhere")
+
+
+def _write_index(folder: Path, shards: dict[str, list[str]], num_bytes: int) -> None:
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    _write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_bytes(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write_config(parts: _Parts, hf: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> None:
+    """The base's config.json, but for what the merge changed: the dtype, the vocabulary's size, the tie."""
+    changes: dict[str, Any] = {}
+    if dtype is not None:  # transformers 5 writes dtype, older ones torch_dtype
+        changes["dtype" if "dtype" in hf else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    if parts.model.config.vocab_size != hf["vocab_size"]:
+        changes["vocab_size"] = parts.model.config.vocab_size
+    if not parts.model.config.tie_word_embeddings and hf.get("tie_word_embeddings", False):
+        changes["tie_word_embeddings"] = False
+    if all(hf.get(key) == value for key, value in changes.items()):
+        shutil.copyfile(contained(parts.base.path, "config.json"), folder / "config.json")
+    else:
+        _write_json(folder / "config.json", hf | changes)
+
+
+def _copy_companions(base: Path, adapter: Path, folder: Path) -> None:
+    """The base's tokenizer, generation settings and licence; the adapter's tokenizer where it brings one."""
+    for path in base.iterdir():
+        wanted = path.suffix in COPIED_SUFFIXES or path.name.startswith(COPIED_NAMES)
+        if wanted and path.is_file() and path.name not in ("config.json", INDEX) and not path.name.startswith("."):
+            shutil.copyfile(contained(base, path.name), folder / path.name)
+    for path in adapter.iterdir():
+        if path.name in TOKENIZER_FILES:
+            shutil.copyfile(contained(adapter, path.name), folder / path.name)
+
+
+def _check_logits(parts: _Parts, folder: Path, tolerance: float) -> float | None:
+    """Relative distance of the written model's logits from base + adapter's, in fp32; None if memory is short."""
+    num_params = sum(parts.shape(name).numel() for name in parts.sources)
+    if 5 * num_params > _available_memory():  # 4 bytes each, and a fifth more for activations and the largest tensor
+        return None
+    reference = _reference_logits(parts)
+    with torch.device("meta"):
+        model = build_model(read_config(folder))
+    load_weights(model, folder, device="cpu", dtype=torch.float32)
+    merged = probe_logits(model)
+    error = ((merged - reference).norm() / reference.norm()).item()
+    if not error <= tolerance:
+        raise UserError(
+            f"the merged model's logits differ from base + adapter by {error:.1e} (relative), where rounding explains "
+            f"{tolerance:.0e}; nothing was kept"
+        )
+    return error
+
+
+def _reference_logits(parts: _Parts) -> Tensor:
+    with torch.device("meta"):
+        model = build_model(read_config(parts.base.path))
+    _, new_rows = attach_adapter(model, parts.adapter)
+    load_weights(model, parts.base.path, device="cpu", dtype=torch.float32, new_rows=new_rows)
+    load_adapter(model, parts.adapter)
+    for name in parts.nf4_names:
+        model.get_submodule(name).weight.data.copy_(parts.base_tensor(f"{name}.weight"))
+    return probe_logits(model)
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping; 0 where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

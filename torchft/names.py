@@ -1,0 +1,191 @@
+"""Find recipes and configs: by shipped name, by path, or by the name that torchtune had for them.
+
+Both are found by listing folders, torchft/recipes and torchft/configs; there is no list to keep. torchtune's option
+names are here too, each with what to write instead, so that notes and articles keep working.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from torchft.checks import nearest
+from torchft.errors import ConfigError, UserError
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+# A config's method is the last part of its name: llama3_1/8B_qlora is for every recipe that starts with lora_.
+METHODS = {"lora": ("lora", "qlora"), "full": ("full",), "dpo": ("dpo",)}
+
+RECIPE_ALIASES = {
+    "lora_finetune_single_device": "lora_single_device",
+    "lora_finetune_distributed": "lora_distributed",
+    "full_finetune_single_device": "full_finetune_distributed",  # one recipe, which runs on one process too
+    "lora_dpo_single_device": "dpo_distributed",
+    "lora_dpo_distributed": "dpo_distributed",
+    "full_dpo_distributed": "dpo_distributed",
+}
+
+_ADAPTER_MODULES = "lora.target_modules, a list of leaf names such as q_proj, down_proj, or all-linear"
+_BATCH = (
+    "run.micro_batch_size (rows per forward) and run.global_batch_size (rows per optimizer step over all processes)"
+)
+OLD_KEYS = {  # torchtune's option -> ours, or why it is not needed
+    "model._component_": "remove it: the config.json in model.path decides the architecture",
+    "model.lora_attn_modules": _ADAPTER_MODULES,
+    "model.apply_lora_to_mlp": _ADAPTER_MODULES,
+    "model.apply_lora_to_output": "lora.target_modules with lm_head in it",
+    "model.lora_rank": "lora.rank",
+    "model.lora_alpha": "lora.alpha",
+    "model.lora_dropout": "lora.dropout",
+    "model.use_dora": "lora.dora",
+    "model.quantize_base": "model.quantize=nf4",
+    "tokenizer": "remove it: the tokenizer is read from model.path",
+    "tokenizer.max_seq_len": "data.max_seq_len",
+    "tokenizer.prompt_template": "data.chat_template",
+    "checkpointer": "model.path (what is read) and run.out (where checkpoints and the result go)",
+    "checkpointer.checkpoint_dir": "model.path",
+    "checkpointer.output_dir": "run.out",
+    "checkpointer.adapter_checkpoint": "lora.adapter, a PEFT adapter directory",
+    "checkpointer.recipe_checkpoint": "run.resume=auto",
+    "output_dir": "run.out",
+    "resume_from_checkpoint": "run.resume=auto",
+    "save_adapter_weights_only": "remove it: only the adapter is saved; `tune merge` writes a whole model",
+    "dataset": "data.train, a file, a hub dataset's name or a list of them",
+    "dataset.source": "data.train",
+    "dataset.data_files": "data.train",
+    "dataset.packed": "data.packing",
+    "dataset.split": "data.train with an entry {path: ..., split: ...}",
+    "dataset.column_map": "data.train with an entry {path: ..., columns: {instruction: question}}",
+    "dataset.conversation_style": "data.train with an entry {path: ..., format: sharegpt}",
+    "dataset.train_on_input": "remove it: the assistant's turns are trained, all of them or the last (data.train_on)",
+    "dataset_val": "data.valid",
+    "run_val_every_n_steps": "run.eval_every",
+    "batch_size": _BATCH,
+    "batch_size_val": "run.micro_batch_size",
+    "gradient_accumulation_steps": _BATCH + "; the accumulation follows from them",
+    "max_steps_per_epoch": "run.max_steps, which counts over the whole run",
+    "seed": "run.seed",
+    "epochs": "run.epochs",
+    "shuffle": "remove it: rows are always shuffled, by run.seed",
+    "optimizer": "optim.name: adamw or adamw_8bit",
+    "optimizer.lr": "optim.lr",
+    "optimizer.weight_decay": "optim.weight_decay",
+    "optimizer.betas": "optim.betas",
+    "optimizer.eps": "optim.eps",
+    "optimizer.fused": "remove it: AdamW is fused where the device has it",
+    "optimizer_in_bwd": "optim.name=adamw_8bit to save memory",
+    "lr_scheduler": "optim.schedule: constant, linear or cosine",
+    "lr_scheduler.num_warmup_steps": "optim.warmup_steps",
+    "loss": "remove it: the loss is cross entropy that never holds the logits",
+    "clip_grad_norm": "optim.max_grad_norm",
+    "compile": "model.compile: auto, on or off",
+    "dtype": "model.dtype: bfloat16 or float32",
+    "device": "remove it: CUDA is used where there is one, else the CPU",
+    "enable_activation_checkpointing": "model.activation_checkpointing=full",
+    "enable_activation_offloading": "model.offload_activations",
+    "ac_mode": "model.activation_checkpointing: none, full or every_<n>",
+    "ac_option": "model.activation_checkpointing=every_<n>",
+    "metric_logger": "run.tensorboard or run.wandb_project; a JSONL log is always written to run.out",
+    "metric_logger.project": "run.wandb_project",
+    "log_every_n_steps": "run.log_every",
+    "log_peak_memory_stats": "remove it: peak memory is always logged",
+    "log_level": "remove it: there is one level",
+    "profiler": "run.profile_steps",
+    "save_every_n_steps": "run.save_every",
+    "keep_last_n_checkpoints": "run.keep_last",
+}
+
+
+def recipe_names() -> list[str]:
+    """Shipped recipes, sorted: `lora_single_device`, ..."""
+    return sorted(path.stem for path in RECIPES.glob("*.py") if not path.stem.startswith("_"))
+
+
+def config_names() -> list[str]:
+    """Shipped configs by family, then size: `llama3_2/1B_lora`, `llama3_2/1B_qlora`, `llama3_2/3B_lora`, ..."""
+    names = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml")]
+    return sorted(names, key=_by_size)
+
+
+def configs_for(recipe: str) -> list[str]:
+    """The shipped configs that a shipped recipe takes, by the method in their names."""
+    methods = METHODS.get(recipe.split("_")[0], ())
+    return [name for name in config_names() if name.rpartition("_")[2] in methods or name.rpartition("/")[2] in methods]
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by name, torchtune's name, or path. Raises UserError naming what exists."""
+    shipped = recipe_names()
+    target = RECIPE_ALIASES.get(name, name)
+    if target in shipped:
+        return RECIPES / f"{target}.py"
+    if name.endswith(".py") or "/" in name:
+        if os.path.isfile(name):
+            return Path(name)
+        raise UserError(f"there is no recipe file {name} (looked in {Path.cwd()})")
+    if target != name:
+        raise UserError(
+            f"{name} was torchtune's name for {target}, which is not here yet; recipes: {', '.join(shipped)}"
+        )
+    raise UserError(f"there is no recipe {name!r}; {_nearest(name, shipped)}, or give the path of a .py file")
+
+
+def find_config(name: str) -> Path:
+    """The file of a config given by name, torchtune's name, or path. Raises ConfigError naming the nearest."""
+    shipped = config_names()
+    for candidate in (name, _without_torchtune_suffix(name)):
+        if candidate in shipped:
+            return CONFIGS / f"{candidate}.yaml"
+    if os.path.isfile(name):
+        return Path(name)
+    if os.path.isdir(name):
+        raise ConfigError(f"{name} is a directory; give a .yaml file or a config's name from `tune ls`")
+    bare = _without_torchtune_suffix(name.removesuffix(".yaml"))
+    hint = f"did you mean the shipped config {bare}?" if bare in shipped else _nearest(bare, shipped)
+    raise ConfigError(
+        f"there is no config {name!r}, neither a file (looked in {Path.cwd()}) nor a shipped name; {hint}"
+    )
+
+
+def old_key_advice(key: str) -> str:
+    """What to do about an option that only a torchtune config has, or one that names code; "" for any other key."""
+    group, _, leaf = key.rpartition(".")
+    advice = OLD_KEYS.get(key, OLD_KEYS.get(group.partition(".")[0], ""))
+    advice = advice if advice.startswith("remove it") or not advice else f"use {advice}"
+    if leaf in ("_component_", "_target_") or key.startswith("_") or "._" in key:
+        advice = advice or "to use code of your own, edit a copy of the recipe (tune cp)"
+        return f"is refused, nothing in a config is imported or executed; {advice}"
+    return f"is torchtune's; {advice}" if advice else ""
+
+
+def nearest_option(key: str, options: list[str]) -> str:
+    """The option that a mistyped key most likely means: the same last part first, then the most similar spelling."""
+    leaf = key.rpartition(".")[2][:40]
+    same_leaf = [option for option in options if option.rpartition(".")[2] == leaf]
+    by_leaf = {option.rpartition(".")[2]: option for option in options}
+    close = difflib.get_close_matches(key[:60], options, 1, cutoff=0.75)
+    close_leaf = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, cutoff=0.7)]
+    return (same_leaf + close + close_leaf + [nearest(key, options)])[0]
+
+
+def _without_torchtune_suffix(name: str) -> str:
+    """torchtune named configs after recipes too: llama3_1/8B_lora_single_device; early ones wrote 0_5B for 0.5B."""
+    name = re.sub(r"_(single_device|distributed)$", "", name)
+    return re.sub(r"/(\d+)_(\d+B_)", r"/\1.\2", name)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name[:60], known, 1, cutoff=0.4)
+    return (
+        f"did you mean {close[0]}?"
+        if close
+        else f"there are {', '.join(known[:8])}" + (", ... (tune ls)" if len(known) > 8 else "")
+    )
+
+
+def _by_size(name: str) -> tuple[str, float, str]:
+    family, _, rest = name.partition("/")
+    size = re.search(r"(\d+(\.\d+)?)B_", rest)
+    return family, float(size[1]) if size else 0.0, rest

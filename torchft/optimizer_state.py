@@ -1,0 +1,141 @@
+"""Optimizer and random-generator state as named plain tensors and JSON values, and back.
+
+Optimizer tensors are named <parameter>/<state>, such as "model.layers.0.self_attn.q_proj.lora_A.weight/exp_avg",
+whatever the order of the parameters; torchao's 8-bit states are taken apart into /codes, /scale and /qmap (torchao
+optim/subclass_8bit.py). Left out: sharded parameters, whose state goes through torch.distributed.checkpoint.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchft.errors import UserError
+
+PARTS_8BIT = ("codes", "scale", "qmap")
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """The parameter's name without what torch.compile and other wrappers put into it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """The state as tensors by name, and which 8-bit states are signed. Hyperparameters are the config's, not saved."""
+    tensors: dict[str, Tensor] = {}
+    signed: dict[str, bool] = {}
+    for name, param in params.items():
+        assert not isinstance(param, DTensor), f"{name} is sharded"
+        for key, value in optimizer.state.get(param, {}).items():
+            full_name = f"{plain_name(name)}/{key}"
+            if type(value) is Tensor:
+                tensors[full_name] = value
+            else:
+                parts, signed[full_name] = split_8bit(value)
+                tensors |= {f"{full_name}/{part}": tensor for part, tensor in parts.items()}
+    return tensors, signed
+
+
+def unflatten_optimizer(
+    optimizer: torch.optim.Optimizer,
+    params: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    signed: dict[str, bool],
+) -> None:
+    """Put a flattened state into `optimizer`, whose groups (learning rate, betas, ...) stay as they are.
+
+    Raises UserError naming the first state that belongs to no parameter, is incomplete or has another shape; nothing
+    has been changed then.
+    """
+    states = _by_parameter(tensors, signed, [plain_name(name) for name in params])
+    _check_complete(states, {plain_name(name): param for name, param in params.items()})
+    names = {param: plain_name(name) for name, param in params.items()}
+    in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
+    by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
+    # load_state_dict moves each tensor to where this optimizer wants it: the step counter too, on CPU for torchao.
+    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _by_parameter(tensors: dict[str, Tensor], signed: dict[str, bool], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Parameter -> state -> tensor, 8-bit states put together."""
+    states: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for full_name, tensor in tensors.items():
+        name, key, *part = full_name.split("/")
+        if name not in states:
+            raise UserError(f"optimizer state {full_name} belongs to no trained parameter of this run")
+        if part:
+            states[name].setdefault(key, {})[part[0]] = tensor
+        else:
+            states[name][key] = tensor
+    for full_name, is_signed in signed.items():
+        name, key = full_name.split("/")
+        states[name][key] = join_8bit(states[name][key], is_signed)
+    return states
+
+
+def _check_complete(states: dict[str, dict[str, Any]], params: dict[str, nn.Parameter]) -> None:
+    """Every parameter has all of AdamW's states (or, never stepped, none), the moments in its shape."""
+    for name, state in states.items():
+        if state and set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise UserError(f"optimizer state of {name} has {sorted(state)}, not step, exp_avg and exp_avg_sq")
+        for key in ("exp_avg", "exp_avg_sq"):
+            if state and state[key].shape != params[name].shape:
+                raise UserError(
+                    f"optimizer state {name}/{key} has shape {tuple(state[key].shape)}, "
+                    f"the parameter {tuple(params[name].shape)}"
+                )
+
+
+def split_8bit(state: Tensor) -> tuple[dict[str, Tensor], bool]:
+    """A torchao 8-bit state (same shape as its parameter) as its inner tensors, and whether its codes are signed."""
+    from torchao.optim.subclass_8bit import OptimState8bit  # here: only who uses 8-bit AdamW pays for the import
+
+    assert isinstance(state, OptimState8bit), f"unknown optimizer state {type(state)}"
+    return {"codes": state.codes, "scale": state.scale, "qmap": state.qmap}, state.signed
+
+
+def join_8bit(parts: dict[str, Tensor], signed: bool) -> Tensor:
+    """What `split_8bit` took apart, as it was."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    if set(parts) != set(PARTS_8BIT):
+        raise UserError(f"an 8-bit optimizer state has the parts {sorted(parts)}, not {sorted(PARTS_8BIT)}")
+    return OptimState8bit(parts["codes"], parts["scale"], parts["qmap"], signed, dtype=torch.float32)
+
+
+def get_rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All generators that a run draws from: Python's, numpy's, torch's on CPU and, where in use, on the current GPU."""
+    version, python_keys, python_gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    tensors = {
+        "python": torch.tensor(python_keys, dtype=torch.int64),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    values = {
+        "python": [version, python_gauss],
+        "numpy": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
+    }
+    return tensors, values
+
+
+def set_rng_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Undo whatever was drawn since `get_rng_state`."""
+    version, python_gauss = values["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
+    position, has_gauss, gauss = values["numpy"]
+    inner = {"key": tensors["numpy"].numpy().astype(np.uint32), "pos": position}
+    np.random.set_state({"bit_generator": "MT19937", "state": inner, "has_gauss": has_gauss, "gauss": gauss})
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

@@ -1,0 +1,201 @@
+"""From a command line to a recipe's Config: `--config NAME|FILE` and `key=value`, strict, all problems at once.
+
+    cfg = parse(Config)                                              # in a recipe: reads sys.argv
+    cfg = parse(Config, ["--config", "tiny/lora", "optim.lr=1e-3"])   # in a test or a notebook
+
+The YAML and the overrides are read by the type hints of the dataclasses (torchft/typed.py), then OmegaConf merges
+defaults, file and overrides, in that order. Interpolation is refused: a config is data, and `${oc.env:...}` would
+print secrets.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from yaml.error import Mark
+from yaml.nodes import MappingNode, Node, ScalarNode
+
+from torchft.checks import Problems, check_options, check_pairs, check_paths, show, show_key
+from torchft.config import SourceConfig
+from torchft.crash import install_excepthook
+from torchft.errors import ConfigError
+from torchft.names import find_config, nearest_option, old_key_advice
+from torchft.options import group_names, help_text, list_options
+from torchft.strict_yaml import COMMAND_LINE, NULL, STR, compose_file, compose_text, where
+from torchft.typed import Problem, read_pairs, read_value
+
+C = TypeVar("C")
+MAX_PROBLEMS = 40  # shown; a torchtune YAML has about that many keys to translate
+
+
+def parse(config_class: type[C], argv: list[str] | None = None) -> C:
+    """The Config that a command line asks for, completely checked; the files that it names exist.
+
+    With `argv` None, the process's own command line is read, and from then on an error that nobody catches is printed
+    as torchft/crash.py says. `--help` prints every option and exits. Raises ConfigError listing every problem.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+        install_excepthook()
+    if "--help" in argv or "-h" in argv:
+        print(help_text(config_class, sys.argv[0]))
+        raise SystemExit(0)
+    return read_config(config_class, *split_arguments(argv))
+
+
+def read_config(config_class: type[C], config: str | None, overrides: list[str], paths: bool = True) -> C:
+    """`parse` from a config's name or file (None: only defaults) and overrides.
+
+    `paths=False` leaves out whether the files exist that the options name. Raises ConfigError listing every problem.
+    """
+    reader = _Reader(config_class)
+    if config is not None:
+        reader.read_file(find_config(config))
+    for override in overrides:
+        reader.read_override(override)
+    reader.check(check_options, reader.values)
+    reader.raise_problems()
+    given = OmegaConf.create(nest(reader.values))
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), given))
+    values = flatten(cfg)
+    reader.check(check_options, {key: value for key, value in values.items() if key not in reader.values})
+    reader.check(check_pairs, values)
+    if paths:
+        reader.check(check_paths, values)
+    reader.raise_problems()
+    return cfg
+
+
+def split_arguments(argv: list[str]) -> tuple[str | None, list[str]]:
+    """`--config X` and the overrides of a recipe's command line. Raises ConfigError for anything else."""
+    config, overrides, rest = None, [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.split("=")[0] == "--config":
+            if config is not None:
+                raise ConfigError("--config is given twice; one file describes a run, key=value changes it")
+            if argument == "--config" and not rest:
+                raise ConfigError("--config needs a name (tune ls) or a .yaml file after it")
+            config = argument.partition("=")[2] if "=" in argument else rest.pop(0)
+        elif "=" in argument and not argument.startswith("-"):
+            overrides.append(argument)
+        else:
+            raise ConfigError(f"{show(argument)} is not understood; {_argument_advice(argument)}")
+    return config, overrides
+
+
+def _argument_advice(argument: str) -> str:
+    if argument.endswith((".yaml", ".yml")):
+        return f"write --config {argument}"
+    if argument.startswith("--"):
+        return "options are written key=value; torchrun's stand before the recipe: tune run --nproc_per_node 2 NAME ..."
+    return "write key=value, such as optim.lr=1e-4"
+
+
+def flatten(cfg: Any) -> dict[str, Any]:
+    """Dotted option names to values, groups opened: {"model.path": ..., "run.seed": ...}."""
+    values: dict[str, Any] = {}
+    for name, value in vars(cfg).items():
+        if dataclasses.is_dataclass(value):
+            values |= {f"{name}.{inner}": item for inner, item in vars(value).items()}
+        else:
+            values[name] = value
+    return values
+
+
+def nest(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`, with plain dictionaries for the groups."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        group, _, leaf = key.rpartition(".")
+        (tree.setdefault(group, {}) if group else tree)[leaf] = value
+    return tree
+
+
+class _Reader:
+    """What one parse has read: values, the places they came from, and the problems found on the way."""
+
+    def __init__(self, config_class: type):
+        self.groups = group_names(config_class)
+        self.hints = {option.name: option.hint for option in list_options(config_class)}
+        self.values: dict[str, Any] = {}  # what was read without a problem; an override replaces the file's
+        self.places: dict[str, str] = {}  # option -> where it was set last
+        self.problems: list[Problem] = []
+
+    def read_file(self, path: Path) -> None:
+        """Reads a YAML file: groups with options below them."""
+        node = compose_file(path)
+        if node is None or node.tag == NULL:
+            return
+        if not isinstance(node, MappingNode):
+            raise ConfigError(f"{where(node)}: a config is a mapping of groups: model:, data:, ...")
+        for name, value in read_pairs(node, "", self.problems):
+            is_group = name in self.groups and (isinstance(value, MappingNode) or value.tag == NULL)
+            for leaf, item in read_pairs(value, name, self.problems) if is_group else [("", value)]:
+                self.read_option(item, f"{name}.{leaf}" if is_group else name)
+
+    def read_override(self, text: str) -> None:
+        """Reads one `key=value`. A bare last part stands for the one option that ends in it."""
+        key, _, raw = text.partition("=")
+        matches = [name for name in self.hints if name.rpartition(".")[2] == key]
+        name = matches[0] if len(matches) == 1 else key
+        hint = self.hints.get(name, str)
+        mark = Mark(COMMAND_LINE, 0, 0, 0, None, None)
+        if hint is str or (hint == list[SourceConfig] and not raw.startswith(("[", "{"))):
+            node: Node | None = ScalarNode(STR, raw, mark)  # text is what stands after =, as it is
+        else:
+            node = compose_text(raw, COMMAND_LINE)
+        self.read_option(node or ScalarNode(NULL, "", mark), name)
+
+    def read_option(self, node: Node, name: str) -> None:
+        """Reads the value of option `name`, or puts a problem on the list."""
+        place = where(node)
+        if name not in self.hints:
+            self.unknown(node, name)
+            return
+        if name in self.places and (place == COMMAND_LINE) == (self.places[name] == COMMAND_LINE):
+            self.problems.append(Problem(place, name, "is given twice; keep one"))
+        before = len(self.problems)
+        value = read_value(node, self.hints[name], name, self.problems)
+        self.places[name] = place
+        if len(self.problems) == before:
+            self.values[name] = value
+
+    def unknown(self, node: Node, key: str) -> None:
+        """Reports a key that is no option; a mapping that is none is reported leaf by leaf."""
+        if isinstance(node, MappingNode) and node.value and key not in self.groups:
+            for leaf, item in read_pairs(node, key, self.problems):
+                self.unknown(item, f"{key}.{leaf}")
+        else:
+            self.problems.append(Problem(where(node), key, self.explain_unknown(key)))
+
+    def explain_unknown(self, key: str) -> str:
+        """torchtune's keys are translated, any other gets the nearest option."""
+        if key in self.groups:
+            example = next(name for name in self.hints if name.startswith(f"{key}."))
+            return f"is a group of options; set those, such as {example}"
+        for name in self.hints:
+            if key.startswith((f"{name}.", f"{name}[")):
+                return f"is not an option; {name} is given whole"
+        if advice := old_key_advice(key):
+            return advice
+        if len(self.problems) >= MAX_PROBLEMS:  # a file of nonsense: the search for the nearest name is slow
+            return "is not an option"
+        return f"is not an option; did you mean {nearest_option(key, list(self.hints))}?"
+
+    def check(self, function: Callable[[dict[str, Any]], Problems], values: dict[str, Any]) -> None:
+        """Adds what a function of torchft/checks.py finds, with the place where the option was set."""
+        for key, message in function(values):
+            self.problems.append(Problem(self.places.get(key.partition("[")[0], ""), key, message))
+
+    def raise_problems(self) -> None:
+        if not self.problems:
+            return
+        lines = [f"{place}: {show_key(key)} {message}".removeprefix(": ") for place, key, message in self.problems]
+        more = len(lines) - MAX_PROBLEMS
+        lines = lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
+        head = f"{len(self.problems)} problems in the options:\n  " if len(lines) > 1 else ""
+        raise ConfigError(head + "\n  ".join(lines))

@@ -1,0 +1,119 @@
+"""What a run's directory holds: its checkpoints by step, the best of them, and how old ones make room.
+
+Only files are looked at here, no tensors. A directory is a checkpoint by its name, step_000500, and its manifest.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torchft.atomic import verify
+from torchft.errors import UserError
+
+STEP_NAME = re.compile(r"step_(\d{6,})")
+LEFTOVER_NAME = re.compile(r"step_\d{6,}\.tmp")
+FORMAT = "torchft checkpoint 1"
+RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "tensorboard", "profile")  # beside the checkpoints
+
+
+def checkpoint_path(out: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lives."""
+    return out / f"step_{step:06d}"
+
+
+def verify_checkpoint(path: Path, hashes: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole and bears its own name; see `atomic.verify`. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint {path}: name an existing step_... directory, or use run.resume=auto")
+    manifest = verify(path, hashes)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has the format {manifest.get('format')!r}, this version reads {FORMAT!r}")
+    if STEP_NAME.fullmatch(path.name) and path != checkpoint_path(path.parent, manifest["step"]):
+        raise UserError(f"{path} was saved as step {manifest['step']}: it has been renamed, or swapped with another")
+    return manifest
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    """Directories named like a checkpoint, verified or not, by step, oldest first."""
+    paths = {int(path.name.removeprefix("step_")): path for path in _named(out, STEP_NAME)}
+    return dict(sorted(paths.items()))
+
+
+def leftovers(out: Path) -> list[Path]:
+    """What saves and removals left that a crash cut short."""
+    return _named(out, LEFTOVER_NAME)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Make room before the next save."""
+    for path in leftovers(out):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def best_checkpoint(out: str | Path) -> tuple[float, Path | None]:
+    """The lowest validation loss that a checkpoint in `out` was saved with, and that checkpoint; else (inf, None)."""
+    best: tuple[float, Path | None] = (math.inf, None)
+    for path, loss in _complete(Path(out)):
+        if loss is not None and loss < best[0]:  # of equals the earliest
+            best = (loss, path)
+    return best
+
+
+def prune(out: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best.
+
+    Damaged ones do not count as kept, and stay for the user to look at.
+    """
+    best = best_checkpoint(out)[1]
+    for path, _ in _complete(out)[: -max(1, keep_last)]:
+        if path == best:
+            continue
+        try:
+            doomed = path.with_name(path.name + ".tmp")  # renamed first: half a checkpoint never bears the full name
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            raise UserError(f"the old checkpoint {path} cannot be removed: {error}") from None
+
+
+def set_aside(out: Path, step: int, say: Callable[[str], None] = print) -> None:
+    """Move what an earlier run left after `step` into out/earlier_<n>/: nothing is deleted, nothing stands in the way.
+
+    After step 0, a fresh start, that is everything a run writes; else the checkpoints with a higher step, which a later
+    `resume=auto` would take for this run's.
+    """
+    moved = [path for number, path in checkpoints(out).items() if number > step]
+    if step == 0:
+        moved += [out / name for name in RUN_OUTPUTS if (out / name).exists()]
+    if not moved:
+        return
+    number = 1
+    while (out / f"earlier_{number}").exists():
+        number += 1
+    target = out / f"earlier_{number}"
+    target.mkdir()
+    for path in moved:
+        os.rename(path, target / path.name)
+    say(f"moved an earlier run's {', '.join(path.name for path in moved)} to {target}")
+
+
+def _complete(out: Path) -> list[tuple[Path, float | None]]:
+    """Checkpoints with an intact manifest and files of the right sizes, oldest first, with their validation loss."""
+    complete = []
+    for path in checkpoints(out).values():
+        try:
+            complete.append((path, verify_checkpoint(path, hashes=False)["valid_loss"]))
+        except UserError:
+            continue
+    return complete
+
+
+def _named(out: Path, pattern: re.Pattern[str]) -> list[Path]:
+    try:
+        return sorted(path for path in out.iterdir() if pattern.fullmatch(path.name)) if out.is_dir() else []
+    except OSError as error:
+        raise UserError(f"run.out={out} cannot be read: {error}") from None

@@ -1,0 +1,157 @@
+"""Weights into a model built on meta: streamed from a Hugging Face checkpoint, or random from a seed.
+
+Tensor by tensor: read, cast, moved, quantised where the model says NF4, put in place. So neither a dense copy of a
+quantised model nor a second copy of any model ever exists. Checkpoint names are the model's own, so there is no key
+table; whatever does not fit exactly is an error that names the tensor.
+"""
+
+import zlib
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import UserError
+from torchft.hf_checkpoint import Checkpoint, listed, open_checkpoint
+from torchft.models import read_config
+from torchft.modules import nf4
+from torchft.modules.transformer import CausalLM
+from torchft.modules.vocab import TrainedEmbedding, TrainedHead
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded; `ignored` are the file's tensors that the model computes itself."""
+
+    num_tensors: int
+    num_bytes: int  # as read
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        ignored = f", {len(self.ignored)} not needed (first: {self.ignored[0]})" if self.ignored else ""
+        return f"loaded {self.num_tensors} tensors, {self.num_bytes / 2**30:.2f} GiB{ignored}"
+
+
+def load_weights(
+    model: CausalLM, path: str | Path, *, device: torch.device | str, dtype: torch.dtype, new_rows: int = 0
+) -> LoadReport:
+    """Stream a checkpoint into a model on meta, adapters excepted (they stay on meta: see init_lora, load_adapter).
+
+    Args:
+        dtype: of everything but NF4 weights, which are quantised from it, and modules trained whole, which stay fp32.
+        new_rows: rows that `resize_vocab` appended to embed_tokens and lm_head and the files do not have.
+
+    Raises:
+        UserError: the directory is not sound (see `open_checkpoint`), or a tensor is missing, unexpected or misshapen;
+            all of a kind are named at once, and the model is untouched.
+    """
+    checkpoint, slots = open_checkpoint(path), _base_slots(model)
+    # In a checkpoint with a tied head, lm_head is whatever embed_tokens is, also if `untie` has parted them here.
+    tied_head = ENDS[1] if read_config(path).get("tie_word_embeddings", False) else None
+    targets: dict[str, list[_Slot]] = {}  # the checkpoint's tensor -> what it fills
+    for name, slot in slots.items():
+        targets.setdefault(ENDS[0] if name == tied_head else name, []).append(slot)
+    # Old checkpoints also hold RoPE's buffers.
+    ignored = [name for name in checkpoint.tensors if name == tied_head or name.endswith("rotary_emb.inv_freq")]
+    _check_names(checkpoint, targets.keys(), ignored)
+    _check_shapes(checkpoint, targets, new_rows)
+
+    for name, tensor in checkpoint.stream():
+        for slot in targets.get(name, []):
+            value = torch.zeros(slot.param.shape, dtype=slot.dtype(dtype), device=device)
+            value[: len(tensor)] = tensor  # a copy: `tensor` is the mapped file
+            slot.fill(value)
+    return LoadReport(len(targets), sum(checkpoint.tensors[name].num_bytes for name in targets), tuple(ignored))
+
+
+@torch.no_grad()
+def random_weights(model: CausalLM, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Fill a model on meta as `init_weights` would, tensor by tensor on `device`. For measuring; never to be exported.
+
+    Norms are one, biases zero, the rest normal. Each tensor has its own generator, seeded by `seed` and its name, so it
+    does not depend on which adapters or other tensors there are.
+    """
+    for name, slot in _base_slots(model).items():
+        value = torch.empty(slot.param.shape, dtype=slot.dtype(dtype), device=device)
+        if name.endswith("norm.weight"):
+            value.fill_(1.0)
+        elif name.endswith(".bias"):
+            value.zero_()
+        else:
+            # 32 bits of seed and name: more would be cut off in silence by the CPU's generator.
+            generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            value.normal_(std=model.config.initializer_range, generator=generator)
+        slot.fill(value)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One parameter of the base model and the modules that hold it (two for a tied one)."""
+
+    param: nn.Parameter
+    owners: list[tuple[nn.Module, str]]
+
+    def dtype(self, base: torch.dtype) -> torch.dtype:
+        trained_whole = any(isinstance(module, TrainedEmbedding | TrainedHead) for module, _ in self.owners)
+        return torch.float32 if trained_whole else base
+
+    def fill(self, value: Tensor) -> None:
+        """Put `value` in the parameter's place, quantised if that is NF4."""
+        assert value.shape == self.param.shape, (value.shape, self.param.shape)
+        if isinstance(self.param, nf4.NF4Tensor):
+            value = nf4.to_nf4(value)
+        filled = nn.Parameter(value, requires_grad=self.param.requires_grad)
+        for module, leaf in self.owners:
+            setattr(module, leaf, filled)
+
+
+def _base_slots(model: CausalLM) -> dict[str, _Slot]:
+    """Every parameter but the adapters', by the first of its names."""
+    slots: dict[int, tuple[str, _Slot]] = {}
+    for module_name, module in model.named_modules():
+        for leaf, param in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}"
+            if ".lora_" in name:
+                continue
+            slots.setdefault(id(param), (name, _Slot(param, [])))[1].owners.append((module, leaf))
+    return dict(slots.values())
+
+
+def _check_names(checkpoint: Checkpoint, wanted: Set[str], ignored: list[str]) -> None:
+    """Exactly the model's tensors are there, and in a floating dtype."""
+    held = checkpoint.tensors
+    missing = sorted(wanted - held.keys())
+    unexpected = sorted(held.keys() - wanted - set(ignored))
+    if missing:
+        also = f"; it holds {listed(unexpected)} instead" if unexpected else ""
+        raise UserError(
+            f"{checkpoint.path} lacks {listed(missing)}{also}: its weights and its config.json are of two models"
+        )
+    if unexpected:
+        raise UserError(
+            f"{checkpoint.path} holds {listed(unexpected)}, for which the model of its config.json has no place"
+        )
+    odd = [f"{name} ({held[name].dtype})" for name in wanted if held[name].dtype not in FLOATS]
+    if odd:
+        raise UserError(
+            f"{checkpoint.path}: {listed(odd)} is not stored as floating point; use the unquantised checkpoint"
+        )
+
+
+def _check_shapes(checkpoint: Checkpoint, targets: dict[str, list[_Slot]], new_rows: int) -> None:
+    """Each tensor has the model's shape, but for the rows that the model has been given since."""
+    wrong = []
+    for name, slots in targets.items():
+        found, wanted = checkpoint.tensors[name].shape, tuple(slots[0].param.shape)
+        if name in ENDS:
+            wanted = (wanted[0] - new_rows, wanted[1])
+        if found != wanted:
+            hint = " (transposed?)" if found == wanted[::-1] else ""
+            wrong.append(f"{name} is {found} in the file and {wanted} in the model{hint}")
+    if wrong:
+        raise UserError(f"{checkpoint.path}: {listed(wrong, '; ')}")
