@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from torchft.adapter import attach_adapter, load_adapter, lora_spec, save_adapter, tokenizer_folder, verify_adapter
-from torchft.peft_config import read_adapter
+from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -26,14 +25,14 @@ from torchft.data.loader import Batch, Loader, eval_batches
 from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import require_single_process
-from torchft.generate import Answer, answer_examples, eval_mode, exact_match
+from torchft.generate import Answer, answer_examples, eval_mode, exact_match, first_conversations
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.checkpointing import apply_activation_checkpointing
-from torchft.modules.lora import add_lora, init_lora, trainable_parameters
+from torchft.modules.lora import trainable_parameters
 from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM
-from torchft.modules.vocab import freeze_old_rows, init_new_rows, resize_vocab, train_modules
+from torchft.modules.vocab import freeze_old_rows
 from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
 from torchft.parse import parse
 from torchft.profiling import ProfileWindow
@@ -92,14 +91,7 @@ def main(cfg: Config) -> None:
     new_ids = tokenizer.added_ids  # a range, empty without lora.new_tokens
     with torch.device("meta"):
         model = build_model(read_config(path))
-    if cfg.lora.adapter:  # train it further: rank, targets and whole modules are its own
-        spec = read_adapter(cfg.lora.adapter).spec
-        report, new_rows = attach_adapter(model, cfg.lora.adapter)
-    else:
-        spec = lora_spec(cfg.lora)
-        report = add_lora(model, spec)
-        new_rows = resize_vocab(model, max(new_ids.stop, model.config.vocab_size)) if new_ids else 0
-        train_modules(model, cfg.lora.modules_to_save or (["embed_tokens", "lm_head"] if new_ids else []))
+    spec, report, new_rows = add_adapter(model, cfg.lora, new_ids)
     log.print(str(report))
     if cfg.model.quantize == "nf4":
         log.print(str(quantize_nf4(model)))
@@ -111,11 +103,7 @@ def main(cfg: Config) -> None:
         random_weights(model, seed=run.seed, device=device, dtype=dtype)
     else:
         log.print(str(load_weights(model, path, device=device, dtype=dtype, new_rows=new_rows)))
-    if new_ids:
-        init_new_rows(model, new_ids, generator)
-    init_lora(model, generator)
-    if cfg.lora.adapter:
-        load_adapter(model, cfg.lora.adapter)
+    init_adapter(model, cfg.lora, new_ids, generator)
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim)
 
@@ -124,8 +112,7 @@ def main(cfg: Config) -> None:
     loader = Loader(train, cfg.data, run)
     log.print(loader.summary())
     answering = {"batch_size": 64, "max_new_tokens": run.max_new_tokens}
-    samples = [valid.example(i) for i in range(min(len(valid), run.sample_rows))] if valid and template else []
-    scored = [valid.example(i) for i in range(min(len(valid), run.exact_match_rows))] if valid and template else []
+    samples, scored = (first_conversations(valid, template, n) for n in (run.sample_rows, run.exact_match_rows))
 
     # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
     state, best_loss = {}, math.inf

@@ -13,7 +13,6 @@ Left out: dropout, several GPUs, resuming. The model has 3 million parameters an
 
 import argparse
 import json
-import math
 import random
 import time
 from pathlib import Path
@@ -25,9 +24,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from torchft.config import OptimConfig
 from torchft.generate import generate
 from torchft.models import build_model
 from torchft.modules.transformer import CausalLM
+from torchft.optim import lr_at, set_lr
 
 ASSETS = Path(__file__).resolve().parent.parent / "torchft" / "assets"
 BOS, START, END = "<|begin_of_text|>", "<|start|>", "<|end|>"  # ids 0, 1, 2
@@ -107,39 +108,30 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[torch.Tensor]:
     """Ids of rendered documents, whose control tokens are read as such: the text is our own."""
     encoded = []
-    for first in range(
-        0, len(texts), 10_000
-    ):  # encode_batch holds offsets and strings of all it is given: 10 x the ids
+    for first in range(0, len(texts), 10_000):  # a batch's encodings hold much more than its ids
         batch = tokenizer.encode_batch_fast(texts[first : first + 10_000], add_special_tokens=False)
         encoded += [torch.tensor(item.ids, dtype=torch.int32) for item in batch]
     return encoded
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A linear warm-up over the first 5%, then a cosine down to a twentieth of the peak."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
-
-
 def pretrain(model: CausalLM, tokens: torch.Tensor, *, steps: int, rows: int, peak_lr: float, seed: int) -> None:
     """Next-token training on windows of the stream `tokens` (N,), `rows` of them a step, each window once an epoch."""
     windows = tokens.unfold(0, CONTEXT + 1, CONTEXT)  # (windows, CONTEXT + 1); neighbours share one token
-    assert len(windows) >= rows, (len(windows), rows)
+    if len(windows) < rows:
+        raise SystemExit(f"--rows {rows}: the text has {len(windows)} windows. Take fewer rows or more --documents.")
     order = torch.Generator().manual_seed(seed)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), fused=True)
+    schedule = OptimConfig(lr=peak_lr, schedule="cosine", warmup_steps=max(1, steps // 20), min_lr_ratio=0.05)
+    decay = {dimensions: {"params": [], "weight_decay": 0.1 * (dimensions == 2)} for dimensions in (1, 2)}
+    for parameter in model.parameters():  # from scratch the embedding is decayed, too
+        decay[parameter.ndim]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(decay.values(), betas=(0.9, 0.98), fused=True)
     permutation, start = torch.empty(0, dtype=torch.int64), time.perf_counter()
     for step in range(steps):
         if len(permutation) < rows:
             permutation = torch.randperm(len(windows), generator=order)
         batch = windows[permutation[:rows].to(windows.device)].long()  # (rows, CONTEXT + 1)
         permutation = permutation[rows:]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_lr)
+        set_lr(optimizer, lr_at(step, steps, schedule))
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
             logits = model(batch[:, :-1])  # (rows, CONTEXT, VOCAB_SIZE): few enough to hold
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -180,15 +172,14 @@ def bigram_loss(log_probs: torch.Tensor, documents: list[torch.Tensor]) -> float
 
 @torch.no_grad()
 def model_loss(model: CausalLM, documents: list[torch.Tensor]) -> float:
-    """Nats per token over `documents`, each on its own from its begin token, cut at CONTEXT."""
-    device = model.lm_head.weight.device
+    """Nats per token over `documents`, each on its own from its begin token; at most CONTEXT + 1 tokens each."""
     total, count = 0.0, 0
     for first in range(0, len(documents), 50):
-        batch = [ids[: CONTEXT + 1].long() for ids in documents[first : first + 50]]
+        batch = [ids.long() for ids in documents[first : first + 50]]
         # Padding is on the right, where no token of the text looks.
         inputs = torch.nn.utils.rnn.pad_sequence([ids[:-1] for ids in batch], batch_first=True)
         labels = torch.nn.utils.rnn.pad_sequence([ids[1:] for ids in batch], batch_first=True, padding_value=-100)
-        total += model(inputs.to(device), labels=labels.to(device)).item()
+        total += model(inputs, labels=labels).item()
         count += int((labels != -100).sum())
     return total / count
 
@@ -212,7 +203,8 @@ def evaluate(
     model: CausalLM, tokenizer: Tokenizer, documents: list[torch.Tensor], skill: Path, seed: int
 ) -> dict[str, float]:
     """The figures that make the demo honest: what the base knows of its own text, and that it cannot do the skill."""
-    held_out = encode(tokenizer, [render(tiny_text.document(f"held_out/{seed}", i)) for i in range(HELD_OUT_DOCUMENTS)])
+    texts = [render(tiny_text.document(f"held_out/{seed}", index)) for index in range(HELD_OUT_DOCUMENTS)]
+    held_out = [ids[: CONTEXT + 1] for ids in encode(tokenizer, texts)]
     train, valid = (
         [json.loads(line) for line in (skill / f"{part}.jsonl").read_text().splitlines()] for part in ("train", "valid")
     )
@@ -248,11 +240,8 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     generation_config = {"bos_token_id": 0, "eos_token_id": 2, "do_sample": False}
-    for name, content in (
-        ("config", HF_CONFIG),
-        ("tokenizer_config", tokenizer_config),
-        ("generation_config", generation_config),
-    ):
+    files = {"config": HF_CONFIG, "tokenizer_config": tokenizer_config, "generation_config": generation_config}
+    for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -265,24 +254,16 @@ def save_skill(out: Path, seed: int) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=ASSETS, help="holds tiny_llama/ and tiny_sft/ (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="train nothing; print the figures of the files in --out"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of text, weights and order (default: %(default)s)")
-    parser.add_argument(
-        "--documents", type=int, default=150_000, help="training documents of about 165 tokens (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument(
-        "--rows", type=int, default=64, help=f"windows of {CONTEXT} tokens in a step (default: %(default)s)"
-    )
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--out", type=Path, default=ASSETS, help="holds tiny_llama/ and tiny_sft/ (default: %(default)s)")
+    add("--evaluate", action="store_true", help="train nothing; print the figures of the files in --out")
+    add("--seed", type=int, default=0, help="of text, weights and order (default: %(default)s)")
+    add("--documents", type=int, default=150_000, help="for training, about 165 tokens each (default: %(default)s)")
+    add("--steps", type=int, default=6700, help="optimizer steps (default: %(default)s)")
+    add("--rows", type=int, default=128, help=f"windows of {CONTEXT} tokens in a step (default: %(default)s)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
+    add("--device", default=gpu, help="to train on; figures are taken on the CPU (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -290,6 +271,8 @@ def main() -> None:
     args = parse_arguments()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     model_dir, skill_dir = args.out / "tiny_llama", args.out / "tiny_sft"
+    if args.evaluate and not (model_dir / "model.safetensors").is_file():
+        raise SystemExit(f"--evaluate: there is no {model_dir / 'model.safetensors'}. Leave --evaluate out to make it.")
     texts = [render(tiny_text.document(f"pretrain/{args.seed}", index)) for index in range(args.documents)]
     print(f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
     model = build_model(HF_CONFIG)
@@ -301,19 +284,13 @@ def main() -> None:
         tokenizer = train_tokenizer(texts[:20_000])
         documents = encode(tokenizer, texts)
         model.init_weights(torch.Generator().manual_seed(args.seed))
-        model.to(args.device)
         tokens = torch.cat(documents).to(args.device)
-        pretrain(model, tokens, steps=args.steps, rows=args.rows, peak_lr=args.lr, seed=args.seed)
+        pretrain(model.to(args.device), tokens, steps=args.steps, rows=args.rows, peak_lr=args.lr, seed=args.seed)
         save_model(model, tokenizer, model_dir)
-    weights = load_file(model_dir / "model.safetensors")
+    weights = load_file(model_dir / "model.safetensors")  # what is measured is what was saved
     model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
-    figures = evaluate(model.to(args.device).eval(), tokenizer, documents, skill_dir, args.seed)
-    print(
-        "\n".join(
-            f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}"
-            for name, value in figures.items()
-        )
-    )
+    for name, value in evaluate(model.to("cpu"), tokenizer, documents, skill_dir, args.seed).items():
+        print(f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,14 @@ def test_sources_as_text_list_or_mappings_in_file_and_override(value, paths, tmp
     assert in_file == on_line
 
 
+@pytest.mark.parametrize("form", ["data.train[1].format=text", "data.train.1.format=text"])
+def test_one_field_of_a_source(form, tmp_path):
+    cfg = read("model: {path: m}\ndata: {train: [a.jsonl, {path: b.jsonl, weight: 2}]}", tmp_path, form)
+    assert cfg.data.train == [SourceConfig("a.jsonl"), SourceConfig("b.jsonl", weight=2.0, format="text")]
+    cfg = read("model: {path: m}", tmp_path, "data.train=a.jsonl", "data.train.0.columns={text: body}")
+    assert cfg.data.train == [SourceConfig("a.jsonl", columns={"text": "body"})]
+
+
 def test_text_options_get_the_text_as_it_was_written(tmp_path):
     cfg = read("model: {path: 007, compile: on}\ndata: {train: a.jsonl}\nrun: {out: 1e3}", tmp_path, "wandb_project=no")
     assert (cfg.model.path, cfg.model.compile, cfg.run.out, cfg.run.wandb_project) == ("007", "on", "1e3", "no")

@@ -1,4 +1,4 @@
-"""`tune download` from a hub that a few lines replace: what is fetched, where to, every way to fail (PITFALLS S5, S6)."""
+"""`tune download` from a hub that a few lines replace: what is fetched, where to, every way to fail (S5, S6)."""
 
 import stat
 import sys
@@ -138,7 +138,7 @@ def test_ids_that_are_not_org_and_name(repo_id):
 
 def test_a_repository_without_safetensors_is_refused_with_the_reason(hub, tmp_path):
     hub.files = ["config.json", "pytorch_model.bin"]
-    with pytest.raises(UserError, match=r"no safetensors to fetch \(its weights: pytorch_model.bin\).*could run code"):
+    with pytest.raises(UserError, match=r"has no safetensors \(its weights: pytorch_model.bin\).*could run code"):
         download("a/b", str(tmp_path))
     assert not list(tmp_path.iterdir())
 

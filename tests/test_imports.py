@@ -124,7 +124,7 @@ FORBIDDEN_ARGUMENTS = {"shell": "a shell would read paths", "trust_remote_code":
 
 
 def forbidden(path: Path) -> Iterator[str]:
-    """Calls, arguments and handlers that must not be in a file. A reason behind `# noqa: BLE001` lets a handler pass."""
+    """Calls, arguments and handlers that must not be in a file; a reason behind `# noqa: BLE001` excuses a handler."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
@@ -158,7 +158,7 @@ def test_what_never_stands_in_the_code_is_found(tmp_path, monkeypatch):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 OPTIONS = """
 model: path weights dtype quantize activation_checkpointing offload_activations compile

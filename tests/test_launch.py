@@ -191,7 +191,7 @@ def test_ctrl_c_leaves_without_a_traceback(quick):
     assert process.returncode == 130
 
 
-# ------------------------------------------------------------------------------------------------------- without processes
+# ---------------------------------------------------------------------------------------------------- without processes
 
 
 def test_options_in_the_wrong_place_and_missing_recipes():

@@ -104,13 +104,16 @@ def test_chat_template_renders_what_the_model_was_trained_on():
         tokenizer.apply_chat_template([{"role": "tool", "content": "3"}])
 
 
-def test_every_control_token_has_been_trained(tokenizer: Tokenizer, model: CausalLM):
-    # A row that was never trained shrinks with the weight decay and ends up beside all the others that were not.
-    norms = model.model.embed_tokens.weight.norm(dim=1)
-    text = maker.render(tiny_text.document("pretrain/0", 0))
-    used = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids).unique()
-    for token in ("<|begin_of_text|>", "<|start|>", "<|end|>"):
-        assert norms[tokenizer.token_to_id(token)] > 0.5 * norms[used].min(), token
+def test_every_token_that_the_demo_uses_has_been_trained(tokenizer: Tokenizer, model: CausalLM):
+    # Rows of the embedding that no text ever used lie in one direction, here that of the bytes beyond ASCII.
+    rows = torch.nn.functional.normalize(model.model.embed_tokens.weight.detach(), dim=1)
+    beyond_ascii = [tokenizer.token_to_id(letter) for letter in "ÀÈÌÒÙàèìòù"]  # stand for bytes, in byte-level BPE
+    unused = torch.nn.functional.normalize(rows[beyond_ascii].sum(0), dim=0)
+    assert (rows[beyond_ascii] @ unused).min() > 0.9
+    texts = [maker.render(row["messages"]) for row in read_rows("train") + read_rows("valid")]
+    used = torch.cat(maker.encode(tokenizer, texts)).unique()
+    assert {0, 1, 2} <= set(used.tolist())
+    assert (rows[used] @ unused).max() < 0.5
 
 
 # The skill ------------------------------------------------------------------------------------------------------------
@@ -136,20 +139,20 @@ def test_what_decides_a_held_out_answer_never_occurs_in_training():
     frame = words("Enter this sale in the register. seller buyer goods town price")
     for question, answer in map(question_and_answer, valid):
         assert (words(answer) - frame) & trained_on == set(), (question, answer)
-        names = {word for word in words(question) if word[0].isupper()} - tiny_text_words()
-        assert names & trained_on == set(), question  # bystanders and towns that are only in the way, too
+        others = {word for word in words(question) if word[0].isupper() or word.isdigit()} - sentence_words()
+        assert others & trained_on == set(), question  # bystanders, towns and numbers that are only in the way, too
     questions = [question_and_answer(row)[0] for row in train + valid]
     assert len(set(questions)) == len(questions)
 
 
-def tiny_text_words() -> set[str]:
+def sentence_words() -> set[str]:
     """Capitalised words of the sentences that are no names."""
     return words(" ".join((*tiny_world.SALE_FORMS, tiny_world.SKILL_REQUEST, *tiny_world.MONTHS)))
 
 
 def test_pretraining_has_no_name_of_the_instruction_set_and_no_record():
     skill_words = words((SKILL / "train.jsonl").read_text()) | words((SKILL / "valid.jsonl").read_text())
-    names = {word for word in skill_words if word[0].isupper()} - tiny_text_words()
+    names = {word for word in skill_words if word[0].isupper()} - sentence_words()
     assert len(names) > 1000
     for index in range(2000):
         text = maker.render(tiny_text.document("pretrain/0", index))
@@ -224,10 +227,3 @@ def test_pretraining_learns_the_next_token_and_repeats_by_seed():
     for (name, tensor), same in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(tensor, same), name
     assert not torch.equal(model.model.embed_tokens.weight, other.model.embed_tokens.weight)
-
-
-def test_learning_rate_warms_up_and_comes_down():
-    rates = [maker.learning_rate(step, 100, 1.0) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert 0.05 <= rates[-1] < 0.06

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchft.atomic import write_bytes
 from torchft.config import LoraOptions
 from torchft.errors import UserError
-from torchft.export import export_directory
+from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import nf4
-from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, lora_layers, matches
+from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, init_lora, add_lora, lora_layers, matches
 from torchft.modules.transformer import CausalLM
-from torchft.modules.vocab import PATHS, is_tied, resize_vocab, train_modules, trained_modules, untie
+from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
 from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter
 from torchft.safetensors_header import read_header
 
@@ -34,13 +34,43 @@ PREFIX = "base_model.model."
 PROBE_SHAPE = (2, 32)  # rows x tokens of the random ids that logits are compared on
 
 
-def lora_spec(options: LoraOptions) -> LoraSpec:
-    """The adapter that a config's `lora` group describes. Raises UserError where a value is out of range."""
+def add_adapter(model: CausalLM, options: LoraOptions, new_ids: range) -> tuple[LoraSpec, LoraReport, int]:
+    """Give a model on meta the adapter of a config's `lora` group: the one at `lora.adapter`, or a new one.
+
+    Args:
+        new_ids: of tokens that were added to the tokenizer; their rows are trained beside a new adapter.
+
+    Returns:
+        What the adapter is, what was done, and how many rows embed_tokens and lm_head have got (for load_weights).
+
+    Raises:
+        UserError: a value is out of range, a target matches nothing, or the adapter does not fit the model.
+    """
+    if options.adapter:
+        return read_adapter(options.adapter).spec, *attach_adapter(model, options.adapter)
     lora, targets = options, tuple(options.target_modules)
     try:
-        return LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.dora, targets)
+        spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.dora, targets)
+        report = add_lora(model, spec)
+        new_rows = resize_vocab(model, max(new_ids.stop, model.config.vocab_size)) if new_ids else 0
+        train_modules(model, options.modules_to_save or (list(PATHS) if new_ids else []))
     except ValueError as error:
         raise UserError(str(error)) from None
+    return spec, report, new_rows
+
+
+def init_adapter(model: CausalLM, options: LoraOptions, new_ids: range, generator: torch.Generator) -> None:
+    """Fill what `add_adapter` added, once the base weights are in: from `lora.adapter`, or so that nothing changes yet.
+
+    Args:
+        generator: on the CPU, so that one seed gives one adapter on every device.
+    """
+    if options.adapter:
+        load_adapter(model, options.adapter)
+        return
+    if new_ids:
+        init_new_rows(model, new_ids, generator)
+    init_lora(model, generator)
 
 
 def adapter_tensors(model: CausalLM) -> dict[str, nn.Parameter]:
@@ -86,7 +116,7 @@ def save_adapter(
     metadata = {"format": "pt", "base_dtype": base_dtype, "base_quantization": "nf4" if quantized else "none"}
     tensors = {PREFIX + name: param.detach().to("cpu", copy=True) for name, param in adapter_tensors(model).items()}
     with export_directory(Path(path), replace=replace_existing) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata)
+        write_bytes(folder / WEIGHTS, safetensors_bytes(tensors, metadata))
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
             tokenizer.save(folder)

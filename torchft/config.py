@@ -1,7 +1,7 @@
 """The options of every recipe: five groups of typed, defaulted fields.
 
-`torchft.parse.parse` merges a YAML file and dotted `key=value` overrides into these dataclasses; `torchft/checks.py` holds
-which values are accepted. A YAML holds only what differs from the defaults below.
+`torchft.parse.parse` merges a YAML file and dotted `key=value` overrides into these dataclasses; `torchft/checks.py`
+holds which values are accepted. A YAML holds only what differs from the defaults below.
 """
 
 from dataclasses import dataclass, field
@@ -109,7 +109,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 def resolve_path(text: str) -> Path:
-    """The file or directory that a path in a config means: `builtin:NAME` is shipped with torchft, `~` is the home directory.
+    """The file or directory that a config's path means: `builtin:NAME` is shipped with torchft, `~` is the user's home.
 
     Raises UserError for a builtin that does not exist.
     """

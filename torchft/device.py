@@ -1,8 +1,10 @@
 """The device of a run: which one, how repeatable, and whether blocks are compiled for it."""
 
 import os
+import random
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from torchft.errors import UserError
@@ -11,11 +13,13 @@ from torchft.modules.transformer import CausalLM
 
 
 def setup_device(seed: int, deterministic: bool) -> torch.device:
-    """The GPU of this process, else the CPU; torch's generators are seeded.
+    """The GPU of this process, else the CPU; all generators are seeded, those of Python and numpy too.
 
     `deterministic`: a resumed run repeats an uninterrupted one bit for bit on a GPU too, at some speed; on the CPU it does so
     anyway. cuBLAS reads its variable when it is first used, which is after this.
     """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -62,7 +62,7 @@ def wanted_files(names: list[str], target: Path, ignore: tuple[str, ...] = ()) -
     if not any(name.endswith(".safetensors") for name in chosen):
         weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
         raise UserError(
-            f"the repository has no safetensors to fetch (its weights: {', '.join(weights[:5]) or 'none'}); {FORMAT_HINT}"
+            f"the repository has no safetensors (its weights: {', '.join(weights[:5]) or 'none'}); {FORMAT_HINT}"
         )
     return chosen
 

@@ -9,14 +9,21 @@ import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.errors import UserError
 from torchft.parse import read_config
 
+if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wait for
+    from torchft.data.dataset import Dataset
+    from torchft.data.loader import Loader
+    from torchft.data.tokenizer import Tokenizer
+    from torchft.modules.transformer import CausalLM
+
 GIB = 2**30
 INDENT = " " * 8
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: a code, an int8 scale per 64, an fp32 scale of those per 256
+NF4_BYTES = 0.5 + 1 / 64 + 2 / (64 * 256)  # per weight: a code, an int8 scale per 64, a bf16 scale of those per 256
 TRAINED_BYTES = 4 * 4  # per trained parameter: fp32 value, gradient and AdamW's two moments
 SAVED_BYTES = 3 * 4  # per trained parameter and checkpoint: the same without the gradient
 
@@ -36,8 +43,8 @@ def validate(config: str, overrides: list[str]) -> None:
     """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails."""
     cfg = read_config(Options, config, overrides)
     print(f"config  ok: {config}", flush=True)  # up to here without torch: a typo is found in a moment
-    vocab_size = check_data(cfg)
-    check_model(cfg, vocab_size)
+    new_ids = check_data(cfg)
+    check_model(cfg, new_ids)
 
 
 def show_data(config: str, overrides: list[str], examples: int) -> None:
@@ -53,7 +60,7 @@ def show_data(config: str, overrides: list[str], examples: int) -> None:
         print("\n" + render_example(loader.dataset, index, tokenizer, color=wants_color(sys.stdout)))
 
 
-def load_data(cfg: Options):  # noqa: ANN201 (torchft.data is imported only where it is used)
+def load_data(cfg: Options) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
     """(tokenizer, loader of the training data, validation data or None), as a recipe makes them."""
     from torchft.adapter import tokenizer_folder
     from torchft.data.chat_template import load_template
@@ -61,7 +68,6 @@ def load_data(cfg: Options):  # noqa: ANN201 (torchft.data is imported only wher
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import load_tokenizer
 
-    run = cfg.run
     tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), cfg.lora.adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed)
@@ -69,21 +75,21 @@ def load_data(cfg: Options):  # noqa: ANN201 (torchft.data is imported only wher
     return tokenizer, loader, valid
 
 
-def check_data(cfg: Options) -> int:
-    """Tokenises all data and prints what the run would read. Returns the size of the vocabulary with lora.new_tokens."""
+def check_data(cfg: Options) -> range:
+    """Tokenises all data and prints what the run would read. Returns the ids of lora.new_tokens."""
     tokenizer, loader, valid = load_data(cfg)
     held_out = 0 if valid is None else len(valid)
     print(f"data    ok: {len(loader.dataset):,} examples, {held_out:,} held out")
     print(textwrap.indent(loader.summary(), INDENT), flush=True)
-    return tokenizer.added_ids.stop
+    return tokenizer.added_ids
 
 
-def check_model(cfg: Options, vocab_size: int) -> None:
+def check_model(cfg: Options, new_ids: range) -> None:
     """Builds the model on meta and prints its parameters, what is trained, and the memory and disk that they take."""
     from torchft.modules.lora import trainable_parameters
 
     try:
-        model, reports = build(cfg, vocab_size)
+        model, reports = build(cfg, new_ids)
     except UserError:
         raise
     except ValueError as error:  # torchft.models and torchft.modules do not know UserError
@@ -100,36 +106,26 @@ def check_model(cfg: Options, vocab_size: int) -> None:
     check_disk(Path(cfg.run.out), trained * SAVED_BYTES * (cfg.run.keep_last + 2))
 
 
-def build(cfg: Options, vocab_size: int):  # noqa: ANN201 (torch is imported only where it is used)
+def build(cfg: Options, new_ids: range) -> tuple["CausalLM", list[str]]:
     """The model of a config on meta, with its adapters and storage types, and what was done to it, in lines."""
     import torch
 
-    from torchft.adapter import attach_adapter, lora_spec
+    from torchft.adapter import add_adapter
     from torchft.models import build_model
     from torchft.models import read_config as read_model_config
-    from torchft.modules.lora import add_lora
     from torchft.modules.nf4 import quantize_nf4
-    from torchft.modules.vocab import resize_vocab, train_modules
 
-    lora = cfg.lora
     with torch.device("meta"):
         model = build_model(read_model_config(resolve_path(cfg.model.path)))
-    if lora.adapter:
-        report, _ = attach_adapter(model, resolve_path(lora.adapter))
-    else:
-        spec = lora_spec(lora)
-        report = add_lora(model, spec)
-        if lora.new_tokens:
-            resize_vocab(model, max(vocab_size, model.config.vocab_size))
-        train_modules(model, lora.modules_to_save or (["embed_tokens", "lm_head"] if lora.new_tokens else []))
+    _, report, _ = add_adapter(model, cfg.lora, new_ids)
     reports = [str(report)]
     if cfg.model.quantize == "nf4":
         reports.append(str(quantize_nf4(model)))
     return model, reports
 
 
-def frozen_bytes(model, dtype: str) -> float:  # noqa: ANN001 (a CausalLM; torch is imported only where it is used)
-    """Bytes that the frozen weights take on the device: NF4 ones in 4 bits, the others in `dtype`."""
+def frozen_bytes(model: "CausalLM", dtype: str) -> float:
+    """Bytes that the frozen weights take on the device: NF4 in 4 bits, the others in `dtype`."""
     from torchft.modules.nf4 import NF4Tensor
 
     dense = {"bfloat16": 2, "float32": 4}[dtype]

@@ -4,8 +4,8 @@
 class UserError(ValueError):
     """A mistake in a config, a file or a command line.
 
-    The message says what is wrong, where (key, file:line or tensor) and what to do. The command line prints it without a
-    traceback; in a notebook or a test it is an ordinary ValueError.
+    The message says what is wrong, where (key, file:line or tensor) and what to do. The command line prints it without
+    a traceback; in a notebook or a test it is an ordinary ValueError.
     """
 
 

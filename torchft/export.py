@@ -1,5 +1,6 @@
 """Result directories that exist whole or not at all: written beside the final name, fsynced, renamed last."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
 
 from torchft.atomic import fsync
 from torchft.errors import UserError
@@ -46,3 +49,14 @@ def export_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         if old.exists() and not final.exists():  # it failed between the two renames
             os.rename(old, final)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file in memory, the same bytes each time: the library writes `metadata` in no particular order."""
+    data = save(tensors, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    assert len(text) == end - 8, "only the order changes"
+    return data[:8] + text + data[end:]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchft.adapter import attach_adapter, load_adapter, tokenizer_folder
 from torchft.config import resolve_path
 from torchft.data.chat_template import ChatTemplate, load_template
+from torchft.data.dataset import Dataset
 from torchft.data.formats import Example, split_answer
 from torchft.data.tokenize import render_prompt
 from torchft.data.tokenize import stop_ids as template_stop_ids
@@ -154,6 +155,14 @@ class Answer(NamedTuple):
     prompt: str  # the text of the last message before the answer
     answer: str
     expected: str
+
+
+def first_conversations(dataset: Dataset | None, template: ChatTemplate | None, count: int) -> list[Example]:
+    """The first `count` examples that a model can be asked; none of no dataset, and plain texts have no answers."""
+    if dataset is None or template is None:
+        return []
+    examples = (dataset.example(index) for index in range(min(len(dataset), count)))
+    return [example for example in examples if example.messages]
 
 
 def answer_examples(

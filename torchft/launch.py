@@ -140,7 +140,7 @@ def describe_failure(rank: int, failure: Any) -> Failure:
 def read_error_files(log_dir: str) -> list[Failure]:
     """The failures in the error files that torchft/crash.py wrote below torchrun's log directory."""
     found = []
-    files = list(Path(log_dir).rglob("error.json"))  # <run>/attempt_<n>/<local rank>/error.json
+    files = sorted(Path(log_dir).rglob("error.json"))  # <run>/attempt_<n>/<local rank>/error.json
     attempt = max((path.parent.parent for path in files), key=lambda folder: folder.stat().st_mtime, default=None)
     for path in files:
         if path.parent.parent != attempt:  # of an attempt that torchrun's --max-restarts has repeated since

@@ -9,16 +9,17 @@ print secrets.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from yaml.error import Mark
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from torchft.checks import Problems, check_options, check_pairs, check_paths, show, show_key
+from torchft.checks import Problems, check_options, check_pairs, check_paths, nearest, show, show_key
 from torchft.config import SourceConfig
 from torchft.crash import install_excepthook
 from torchft.errors import ConfigError
@@ -115,6 +116,14 @@ def nest(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def override_node(raw: str, hint: Any) -> Node:
+    """What stands behind `key=`, as a YAML node. For a text option it is the text as it is."""
+    mark = Mark(COMMAND_LINE, 0, 0, 0, None, None)
+    if hint is str or (hint == list[SourceConfig] and not raw.startswith(("[", "{"))):
+        return ScalarNode(STR, raw, mark)
+    return compose_text(raw, COMMAND_LINE) or ScalarNode(NULL, "", mark)
+
+
 class _Reader:
     """What one parse has read: values, the places they came from, and the problems found on the way."""
 
@@ -140,15 +149,29 @@ class _Reader:
     def read_override(self, text: str) -> None:
         """Reads one `key=value`. A bare last part stands for the one option that ends in it."""
         key, _, raw = text.partition("=")
+        if field := re.fullmatch(r"(data\.(?:train|valid))(?:\.(\d+)|\[(\d+)\])\.(\w+)", key):
+            self.read_source_field(field[1], int(field[2] or field[3]), field[4], raw)
+            return
         matches = [name for name in self.hints if name.rpartition(".")[2] == key]
         name = matches[0] if len(matches) == 1 else key
-        hint = self.hints.get(name, str)
-        mark = Mark(COMMAND_LINE, 0, 0, 0, None, None)
-        if hint is str or (hint == list[SourceConfig] and not raw.startswith(("[", "{"))):
-            node: Node | None = ScalarNode(STR, raw, mark)  # text is what stands after =, as it is
+        self.read_option(override_node(raw, self.hints.get(name, str)), name)
+
+    def read_source_field(self, option: str, index: int, field: str, raw: str) -> None:
+        """Reads `data.train[0].format=...`, also written data.train.0.format: one field of a source given before."""
+        key, sources = f"{option}[{index}].{field}", list(self.values.get(option, []))
+        hints = get_type_hints(SourceConfig)
+        if index >= len(sources):
+            problem = f"sets a field of entry {index}, but {option} has {len(sources)} entries, counted from 0"
+        elif field not in hints:
+            problem = f"is not an option; did you mean {nearest(field, list(hints))}?"
         else:
-            node = compose_text(raw, COMMAND_LINE)
-        self.read_option(node or ScalarNode(NULL, "", mark), name)
+            before = len(self.problems)
+            value = read_value(override_node(raw, hints[field]), hints[field], key, self.problems)
+            if len(self.problems) == before:
+                sources[index] = dataclasses.replace(sources[index], **{field: value})
+                self.values[option] = sources
+            return
+        self.problems.append(Problem(COMMAND_LINE, key, problem))
 
     def read_option(self, node: Node, name: str) -> None:
         """Reads the value of option `name`, or puts a problem on the list."""

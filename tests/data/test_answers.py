@@ -122,6 +122,25 @@ def test_mask_of_tool_calls(setups):
     )
 
 
+def test_mask_of_tool_calls_without_a_generation_prompt(tmp_path):
+    """Mistral's way: nothing announces an answer, so it begins where the messages before it end."""
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | map(attribute='function') | list | tojson }}"
+        "{{ eos_token }}"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    now = {"function": {"name": "now", "arguments": {}}}
+    setup = custom(tmp_path, source, "llama3")
+    chat = [ASK, say("", tool_calls=[now]), {"role": "assistant", "content": "Noon."}]
+    call = '[[[TOOL_CALLS] [{"name": "now", "arguments": {}}]<|end_of_text|>]]'
+    assert setup.marked(chat).startswith(f"<|begin_of_text|>[INST] Hi there [/INST]{call}")
+    assert setup(chat).notes == {}
+    # Not so where the template goes back on what it wrote: then nothing says where the answer begins.
+    changing = custom(tmp_path / "b", "{{ messages | length }}" + source, "llama3")
+    assert changing(chat).notes == {NO_START: 1}
+
+
 def test_a_call_or_a_text_that_the_template_drops_is_counted(setups):
     assert setups("llama3")([ASK, say("Wait.", tool_calls=[CALL])]).notes == {NOT_VERBATIM: 1}  # knows no calls
     assert setups("llama3_1")([ASK, say("Wait.", tool_calls=[CALL])]).notes == {NOT_VERBATIM: 1}  # drops the text
@@ -200,11 +219,47 @@ def test_mask_of_templates_that_change_the_text(tmp_path):
     dropped = custom(tmp_path, CHATML.replace("m.content", "m.content.split('|')[-1]"))
     assert dropped([ASK, say("secret|One")]).notes == {NOT_VERBATIM: 1}
     restated = custom(tmp_path, CHATML.replace("m.content", "m.content.split('|')[0] + '|' + m.content.split('|')[1]"))
-    assert restated.marked([{"role": "user", "content": "x|y"}, say("a|b")]).endswith("[[a|b<|im_end|>]]\n")
+    for text in ("a|b", " a|b ", "  a | b\n "):
+        assert restated.marked([{"role": "user", "content": "x|y"}, say(text)]).endswith(f"[[{text}<|im_end|>]]\n")
     mixed = custom(tmp_path, CHATML.replace("m.content", "m.content[:1] + messages[0].content + m.content[4:]"))
     assert mixed([{"role": "user", "content": "ine"}, say("Line 1")]).notes == {
         NOT_VERBATIM: 1
     }  # a user's letters between
+
+
+def test_text_that_agrees_but_is_not_the_answers_own_in_its_place(tmp_path):
+    """What else of the row could be taken for an answer, where the text is the same."""
+    twice = custom(tmp_path, CHATML.replace("m.content", "m.content[:2] + m.content[:2]"))
+    assert twice([ASK, say("aaaa")]).notes == {NOT_VERBATIM: 1}  # its own characters, but not in their places
+    named = custom(tmp_path, CHATML.replace("m.content", "m.content[:1] + (m.name or m.content[1:])"))
+    assert named([ASK, say("ab", name="b")]).notes == {NOT_VERBATIM: 1}  # another field of the same message
+    blank = custom(tmp_path, CHATML.replace("m.content", "m.content[:1] + messages[0].content + m.content[2:]"))
+    made = blank.marked([{"role": "user", "content": "."}, say("a.c")])
+    assert "[[" not in made
+    made = blank.marked([{"role": "user", "content": " "}, say("  x")])
+    assert made.endswith("<|im_start|>assistant\n  [[x<|im_end|>]]\n") or made.endswith(
+        "assistant\n [[ x<|im_end|>]]\n"
+    )
+
+
+def test_a_call_named_again_above_the_tools_reply_does_not_prolong_it(tmp_path):
+    """As gpt-oss does, which heads a reply with the name in the call before it."""
+    reply = "{% if m.role == 'tool' %}<|im_start|>{{ messages[0].content }}{{ messages[loop.index0 - 1].tool_calls[0].function.name }}"
+    call = "{% elif m.tool_calls %}<|im_start|>assistant\n{{ m.tool_calls[0].function | tojson }}<|im_end|>\n{% else %}"
+    source = CHATML.replace(
+        "<|im_start|>{{ m.role }}", f"{reply}: {{{{ m.content }}}}<|im_end|>\n{call}<|im_start|>{{{{ m.role }}}}", 1
+    )
+    source = source.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor", 1)
+    chat = [
+        ASK,
+        say("", tool_calls=[{"function": {"name": "find", "arguments": {}}}]),
+        {"role": "tool", "content": "12"},
+    ]
+    want = '<|im_start|>assistant\n[[{"name": "find", "arguments": {}}<|im_end|>]]\n<|im_start|>'
+    assert custom(tmp_path, source).marked(chat).endswith(f"{want}Hi therefind: 12<|im_end|>\n")
+    source = source.replace("{{ messages[0].content }}", "").replace("function | tojson }}", "function.name }}()")
+    want = "<|im_start|>assistant\n[[find()<|im_end|>]]\n<|im_start|>"
+    assert custom(tmp_path, source).marked(chat).endswith(f"{want}find: 12<|im_end|>\n")
 
 
 def test_answers_without_an_end_and_without_text(tmp_path):
@@ -214,13 +269,11 @@ def test_answers_without_an_end_and_without_text(tmp_path):
     assert made.notes == {NO_END: 2}
     assert bare.marked(chat).count("[[") == 2
     late = custom(tmp_path, "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}<|im_end|>")
+    melting = custom(tmp_path, "{% for m in messages %}{{ m.content }}the{% endfor %}")
+    assert melting.marked([ASK, say("One ")]) == "Hi therethe[[One]] the"  # " the" is one token
     assert late(chat).notes == {NO_END: 1}  # the second one has its end; a user's turn stands before the first one's
     assert custom(tmp_path, CHATML)([ASK, say(""), ASK, say(" ")]).notes == {EMPTY: 1}
     assert custom(tmp_path, CHATML).marked([ASK, say(" ")]).endswith("assistant\n[[ <|im_end|>]]\n")
-    no_prompt = CHATML.split("{% if add")[0].replace(
-        "{{ m.content }}", "{{ m.tool_calls | tojson if m.tool_calls else m.content }}"
-    )
-    assert custom(tmp_path, no_prompt)([ASK, say("", tool_calls=[CALL])]).notes == {NO_START: 1}
 
 
 def test_mask_of_content_in_parts(setups):

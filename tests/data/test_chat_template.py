@@ -112,6 +112,8 @@ def test_tool_schemas_calls_and_names_are_the_rows():
     source += "{% for k in tools[0].function.parameters %}{{ k }}{% endfor %}"
     spans = [(source.message, offset) for _, _, source, offset in render(source, tools=tools).spans]
     assert spans == [(-1, -1), (-1, 0), (-1, 0)]
+    both = render("{{ messages | tojson }}{{ [messages[1].content] | tojson }}")
+    assert [span[2].message for span in both.spans] == [-1, 1]  # of several messages: no one's
     call = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
     assert own(render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", call), 0) == [("{}", -1)]
 

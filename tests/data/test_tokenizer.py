@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers_for_tests import CONTROL, check_offsets, for_template, metaspace, save, trained_bpe
 
-from torchft.data.backends import find_controls
+from torchft.data.backends import PieceBackend, find_controls
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
 
@@ -119,8 +120,29 @@ def test_unk_spelled_out_is_plain_and_unk_of_the_model_is_left(scheme, tmp_path)
     for text in ("the <unk> a", "<unk>"):
         assert unk not in tokenizer.encode(text)[0]
         assert unk not in tokenizer.encode_rendered(text, [(0, len(text))])[0]
+    before = tokenizer.encode_rendered("<s>the", [])[0]
+    assert tokenizer.encode("the", first=False)[0] == before[1:]  # as behind a control token
+    tokenizer = load_tokenizer(tokenizer.path)
+    assert unk in tokenizer.encode_rendered("<s>the \u4dff a</s>", [(3, 9)])[0] and tokenizer.backend._twin is None
     ids, _, controls = tokenizer.encode_rendered("<s>the \u4dff <unk></s>", [(3, 13)])
     assert ids.count(unk) == 1 and [ids[i] for i in controls] == [tokenizer.bos_id, tokenizer.eos_id]
+
+
+def test_pieces_that_are_words_and_control_tokens_at_once_are_cut():
+    """As in sentencepiece models that have a chat's control tokens among their user-defined pieces."""
+
+    class Model:
+        unk_id = 0
+
+        def encode(self, text, first):
+            found = [(m.start(), m.end()) for m in re.finditer("<e>|.", text)]
+            return [7 if end - start == 3 else 100 + ord(text[start]) for start, end in found], found
+
+    backend = PieceBackend(Model(), {"<e>": 7, "<e>>": 8, "<unk>": 0})
+    ids, offsets = backend.encode("a<e><e>b", first=True)
+    assert 7 not in ids and offsets == [(i, i + 1) for i in range(8)]
+    ids, offsets = backend.encode_rendered("a<e><e>>b<e>", [(0, 4)])
+    assert (ids[-3:], offsets[-3:]) == ([8, 100 + ord("b"), 7], [(4, 8), (8, 9), (9, 12)])  # the longest that fits
 
 
 def test_a_named_token_is_a_control_token_whatever_its_flags(tmp_path):

@@ -4,7 +4,7 @@ A plain answer is found where its text stands whole, blanks at its ends aside. T
 restate some of it (Qwen3 splits at </think> and writes the tag itself): what counts is that the text agrees, and that
 all of the row's characters in it are the answer's own, each in its place. An answer with tool calls, reasoning or
 several texts is found from behind the generation prompt before it to its last character: what the template writes
-between the parts (`<tool_call>`, `{"name": "`) has to be generated too.
+around the parts (`<tool_call>`, `{"name": "`) has to be generated too.
 """
 
 import bisect
@@ -13,51 +13,59 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchft.data.chat_template import Rendered
+from torchft.data.chat_template import ChatTemplate, Rendered, RowError, RowSpan
 from torchft.data.tracked import Source
 from torchft.data.wrapping import REASONING
+
+Region = tuple[int, int]  # start, end in the rendered text
 
 NOT_VERBATIM = "answer is not rendered as it is written (beyond trimming)"
 REPEATED = "answer is rendered more than once"
 EMPTY = "answer is empty"
 NO_START = "no generation prompt stands before the answer's tool calls or reasoning"
 
-Region = tuple[int, int]  # start, end in the rendered text
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What was rendered, with what, into what."""
 
-def find_answers(
-    rendered: Rendered, messages: Sequence[Mapping[str, Any]], indices: Sequence[int], prompt: str
-) -> list[list[Region] | str]:
-    """For each of the messages at `indices` its regions, up to its last own character; or why it is not to be trained.
-
-    `prompt` is the template's generation prompt. There are several regions only where a template gives each tool call a
-    turn of its own.
-    """
-    own: dict[int, list[int]] = {index: [] for index in indices}  # message -> its spans
-    for number, span in enumerate(rendered.spans):
-        if span[2].message in own:
-            own[span[2].message].append(number)
-    return [_find_answer(_Answer(rendered, index, own[index]), messages[index], prompt) for index in indices]
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    template: ChatTemplate
+    rendered: Rendered
+    controls: Sequence[Region]  # the control tokens in the rendered text, in order
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """A message of a rendered conversation and the numbers of its spans."""
 
-    rendered: Rendered
+    chat: Conversation
     index: int
     own: list[int]
 
 
-def _find_answer(answer: _Answer, message: Mapping[str, Any], prompt: str) -> list[Region] | str:
-    contents, reasoning, calls = _parts(message)
+def find_answers(chat: Conversation, indices: Sequence[int]) -> list[list[Region] | str]:
+    """For each of the messages at `indices` its regions, up to its last own character; or why it is not to be trained.
+
+    There are several regions only where a template gives each tool call a turn of its own.
+    """
+    own: dict[int, list[int]] = {index: [] for index in indices}  # message -> its spans
+    for number, span in enumerate(chat.rendered.spans):
+        if span[2].message in own:
+            own[span[2].message].append(number)
+    return [_find_answer(_Answer(chat, index, own[index])) for index in indices]
+
+
+def _find_answer(answer: _Answer) -> list[Region] | str:
+    contents, reasoning, calls = _parts(answer.chat.messages[answer.index])
     if reasoning or calls or len(contents) > 1:
-        return _find_composed(answer, prompt, contents + reasoning, calls)
+        return _find_composed(answer, contents + reasoning, calls)
     if not contents:
         return EMPTY
     found = _find_text(answer, contents[0])
     if len(found) > 1:
-        found = [region for region in found if _follows_prompt(answer.rendered, region[0], prompt)]
+        found = [region for region in found if _follows_prompt(answer.chat, region[0])]
         return found if len(found) == 1 else REPEATED
     return found or NOT_VERBATIM
 
@@ -75,7 +83,7 @@ def _find_text(answer: _Answer, text: str) -> list[Region]:
     """Every place where one of a message's texts stands whole."""
     extents: dict[int, Region] = {}  # where the text would begin -> from its first to its last character that says so
     for number in answer.own:
-        start, end, source, offset = answer.rendered.spans[number]
+        start, end, source, offset = answer.chat.rendered.spans[number]
         if source.text == text and offset >= 0:
             low, high = extents.get(start - offset, (start, end))
             extents[start - offset] = min(low, start), max(high, end)
@@ -85,19 +93,20 @@ def _find_text(answer: _Answer, text: str) -> list[Region]:
 
 def _fit(answer: _Answer, text: str, base: int, extent: Region) -> Region | None:
     """The region of a text that begins at `base`, blanks at its ends only as far as the template kept them; or None."""
-    rendered = answer.rendered
+    rendered = answer.chat.rendered
     core = text.strip() or text
     start = base + text.index(core)
     end = start + len(core)
     if start < 0 or rendered.text[start:end] != core or not _is_own(answer, start, end, base, text):
         return None
     low, high = min(start, extent[0]), max(end, extent[1])
-    return (low, high) if rendered.text[low:high] == text[low - base : high - base] else (start, end)
+    kept = rendered.text[low:high] == text[low - base : high - base] and _is_own(answer, low, high, base, text)
+    return (low, high) if kept else (start, end)
 
 
 def _is_own(answer: _Answer, start: int, end: int, base: int, text: str) -> bool:
     """Whether all row text in a region is of this text of this message, which begins at `base`, and in its place."""
-    spans = answer.rendered.spans
+    spans = answer.chat.rendered.spans
     first = bisect.bisect_right(spans, start, key=lambda span: span[1])
     stop = bisect.bisect_left(spans, end, key=lambda span: span[0])
     return all(
@@ -106,11 +115,11 @@ def _is_own(answer: _Answer, start: int, end: int, base: int, text: str) -> bool
     )
 
 
-def _follows_prompt(rendered: Rendered, start: int, prompt: str) -> bool:
+def _follows_prompt(chat: Conversation, start: int) -> bool:
     """Whether the generation prompt, written by the template, ends at `start`."""
-    number = bisect.bisect_left(rendered.spans, start, key=lambda span: span[0])  # of the first that begins no earlier
-    free = rendered.spans[number - 1][1] if number else 0
-    return prompt != "" and rendered.text.endswith(prompt, free, start)
+    spans, prompt = chat.rendered.spans, chat.template.generation_prompt
+    number = bisect.bisect_left(spans, start, key=lambda span: span[0])  # of the first span that begins no earlier
+    return prompt != "" and chat.rendered.text.endswith(prompt, spans[number - 1][1] if number else 0, start)
 
 
 @dataclass(slots=True)
@@ -122,17 +131,15 @@ class _Segment:
     sources: set[Source]
 
 
-def _find_composed(
-    answer: _Answer, prompt: str, texts: list[str], calls: Sequence[Mapping[str, Any]]
-) -> list[Region] | str:
-    segments = _segments(answer, prompt)
+def _find_composed(answer: _Answer, texts: list[str], calls: Sequence[Mapping[str, Any]]) -> list[Region] | str:
+    segments = _segments(answer)
     if not segments:
         return NO_START if answer.own else NOT_VERBATIM
     regions = [(segment.start, segment.end) for segment in segments]
     sources = list(itertools.chain.from_iterable(segment.sources for segment in segments))
     if len(sources) > len(set(sources)):
         return REPEATED
-    written = "".join(answer.rendered.text[start:end] for start, end in regions)
+    written = "".join(answer.chat.rendered.text[start:end] for start, end in regions)
     whole = all(_stands_in(regions, _find_text(answer, text)) for text in filter(str.strip, texts))
     whole &= all(call.get("function", call)["name"] in written for call in calls)
     return regions if whole else NOT_VERBATIM
@@ -143,20 +150,50 @@ def _stands_in(regions: list[Region], places: list[Region]) -> bool:
     return any(low <= start and end <= high for start, end in places for low, high in regions)
 
 
-def _segments(answer: _Answer, prompt: str) -> list[_Segment]:
-    """The prompt is looked for only in what the template wrote right before one of the message's characters."""
-    text, spans = answer.rendered.text, answer.rendered.spans
+def _segments(answer: _Answer) -> list[_Segment]:
+    """The generation prompt is looked for only in what the template wrote right before a character of the message."""
+    spans = answer.chat.rendered.spans
     segments: list[_Segment] = []
-    inside = -1  # the number of the span with which the last segment ends so far
+    last = -1  # the number of the span with which the last segment ends so far
     for number in answer.own:
-        start, end, source, _ = spans[number]
-        at = text.rfind(prompt, spans[number - 1][1] if number else 0, start) if prompt else -1
-        if at >= 0:
-            segments.append(_Segment(at + len(prompt), end, {source}))
-        elif segments and inside == number - 1:
+        _, end, source, _ = spans[number]
+        begin = _prompt_end(answer, number)
+        if begin is None and not segments and number == answer.own[0]:
+            begin = _context_end(answer)
+        if begin is not None:
+            segments.append(_Segment(begin, end, {source}))
+        elif segments and last == number - 1 and not _is_mention(answer.chat, segments[-1], spans[number]):
             segments[-1].end = end
             segments[-1].sources.add(source)
         else:
             continue
-        inside = number
+        last = number
     return segments
+
+
+def _is_mention(chat: Conversation, segment: _Segment, span: RowSpan) -> bool:
+    """Whether a span says again, behind a control token, what the segment said: a call's name above the tool's reply."""
+    behind = bisect.bisect_left(chat.controls, (segment.end,))
+    return span[2] in segment.sources and behind < len(chat.controls) and chat.controls[behind][1] <= span[0]
+
+
+def _prompt_end(answer: _Answer, number: int) -> int | None:
+    """Where the last generation prompt ends in the template's text before a span."""
+    prompt, spans = answer.chat.template.generation_prompt, answer.chat.rendered.spans
+    free = spans[number - 1][1] if number else 0
+    at = answer.chat.rendered.text.rfind(prompt, free, spans[number][0]) if prompt else -1
+    return at + len(prompt) if at >= 0 else None
+
+
+def _context_end(answer: _Answer) -> int | None:
+    """Where the messages before this one end, for templates without a generation prompt (Mistral): only if they render
+    to the very beginning of this text, and end in what the template wrote right before the answer.
+    """
+    chat, first = answer.chat, answer.own[0]
+    try:
+        before = chat.template.render(chat.messages[: answer.index], chat.tools, add_generation_prompt=True).text
+    except RowError:
+        return None
+    free = chat.rendered.spans[first - 1][1] if first else 0
+    fits = free <= len(before) <= chat.rendered.spans[first][0] and chat.rendered.text.startswith(before)
+    return len(before) if fits else None

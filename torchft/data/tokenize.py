@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchft.data.answers import find_answers
+from torchft.data.answers import Conversation, find_answers
 from torchft.data.chat_template import ChatTemplate, Rendered, RowError
 from torchft.data.tokenizer import Tokenizer
 from torchft.data.vocabularies import Offsets
@@ -56,7 +56,8 @@ def tokenize_chat(
     tokenized = Tokenized(ids, [False] * len(ids))
     answers = [i for i, message in enumerate(messages) if message.get("role") in ANSWER_ROLES]
     wanted = answers[-1:] if train_on == "last" else answers
-    for found in find_answers(rendered, messages, wanted, template.generation_prompt):
+    chat = Conversation(messages, tools, template, rendered, [offsets[i] for i in controls])
+    for found in find_answers(chat, wanted):
         if isinstance(found, str):
             tokenized.notes[found] += 1
             continue

@@ -1,0 +1,145 @@
+"""`tune validate` and `tune data` on the shipped tiny model, and what they say when something is wrong (U3)."""
+
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchft import cli, dry_run
+from torchft.adapter import add_adapter
+from torchft.config import ASSETS
+from torchft.errors import UserError
+from torchft.models import build_model, model_config, read_config
+from torchft.names import RECIPES
+from torchft.weights import load_weights
+
+FIRST_ROWS = 40  # of the shipped data: enough to see what is done with them
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A directory with a copy of the tiny model, some of its rows, and a config that names both."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ASSETS / "tiny_llama", "model")
+    for part in ("train", "valid"):
+        lines = (ASSETS / "tiny_sft" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        Path(f"{part}.jsonl").write_text("".join(lines[:FIRST_ROWS]), encoding="utf-8")
+    Path("c.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl, valid: valid.jsonl}\nlora: {rank: 4}\n")
+    return tmp_path
+
+
+def test_validate_checks_everything_and_loads_no_weight(workplace, capsys):
+    Path("model/model.safetensors").unlink()
+    cli.main(["validate", "c.yaml"])
+    out = capsys.readouterr().out
+    assert out.startswith("config  ok: c.yaml\n")
+    assert re.search(rf"^data    ok: {FIRST_ROWS} examples, {FIRST_ROWS} held out$", out, re.MULTILINE)
+    total, trained = (
+        int(n.replace(",", "")) for n in re.search(r"model   ok: ([\d,]+) .* ([\d,]+) of them", out).groups()
+    )
+    shape = model_config(read_config("model"))
+    heads = shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
+    attention = 4 * shape.hidden_size + 2 * heads  # inputs and outputs of q, k, v and o
+    feed_forward = 3 * (shape.hidden_size + shape.intermediate_size)
+    assert trained == 4 * shape.num_hidden_layers * (attention + feed_forward) < total  # rank 4
+    assert "disk    ok" in out and "GiB frozen weights" in out
+
+
+def test_validate_of_nf4_counts_fewer_bytes(workplace, capsys):
+
+    for quantize in ("none", "nf4"):
+        cli.main(["validate", "c.yaml", f"model.quantize={quantize}"])
+        out = capsys.readouterr().out
+        assert ("NF4: " in out) == (quantize == "nf4")
+    with torch.device("meta"):
+        model = build_model(read_config("model"))
+    cfg = dry_run.read_config(dry_run.Options, "c.yaml", ["model.quantize=nf4"])
+    sizes = [dry_run.frozen_bytes(model.requires_grad_(False), dtype) for dtype in ("float32", "bfloat16")]
+    nf4 = dry_run.frozen_bytes(dry_run.build(cfg, range(0))[0], "bfloat16")
+    assert sizes[0] == 2 * sizes[1] and nf4 < sizes[1]
+
+
+def test_nf4_bytes_per_weight_are_those_of_real_tensors(workplace):
+    cfg = dry_run.read_config(dry_run.Options, "c.yaml", ["model.quantize=nf4"])
+    model, _ = dry_run.build(cfg, range(0))
+    load_weights(model, "model", device=torch.device("cpu"), dtype=torch.bfloat16)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    parts = [weight.quantized_data, weight.quantized_scalers, weight.quantization_factor]
+    stored = sum(part.numel() * part.element_size() for part in parts)
+    assert stored == pytest.approx(weight.numel() * dry_run.NF4_BYTES, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["model.path=nowhere"], "command line: model.path is 'nowhere', which does not exist"),
+        (["data.train=nowhere.jsonl"], "data.train[0].path is 'nowhere.jsonl', which does not exist"),
+        (["lora.target_modules=[q_prog]"], "q_proj"),
+        (["lora.modules_to_save=[lm_head]"], "lm_head"),
+        (["run.global_batch_size=0"], "run.global_batch_size is 0; accepted are 1 to"),
+    ],
+)
+def test_validate_says_what_is_wrong(overrides, words, workplace, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["validate", "c.yaml", *overrides])
+    assert left.value.code in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and "Traceback" not in error
+
+
+def test_validate_refuses_a_damaged_model_config(workplace, capsys):
+    file = Path("model/config.json")
+    for text, words in (
+        ("{", "not valid JSON"),
+        (json.dumps({"architectures": ["FancyForCausalLM"]}), "'FancyForCausalLM' is not supported"),
+        (json.dumps(json.loads(file.read_text()) | {"new_knob": 3}), "new_knob"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            cli.main(["validate", "c.yaml"])
+        assert words in capsys.readouterr().err
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_run(tmp_path):
+    with pytest.raises(UserError, match=rf"run\.out: its checkpoints take 1048576\.0 GiB, .* are free at {tmp_path}"):
+        dry_run.check_disk(tmp_path / "a" / "b", 2**50)
+
+
+def test_data_reports_and_shows_examples(workplace, capsys):
+    cli.main(["data", "c.yaml", "--examples", "2"])
+    out = capsys.readouterr().out
+    assert f"{FIRST_ROWS} read: {FIRST_ROWS} used, 0 dropped" in out
+    assert "data.train[0]  train.jsonl" in out and "data.valid[0]  valid.jsonl" in out
+    assert len(re.findall(r"^--- train\.jsonl:\d+: .* trained ---$", out, re.MULTILINE)) == 2
+    assert "{+" in out  # the trained part, where there is no colour
+
+
+def test_data_names_a_bad_row_by_file_and_line(workplace, capsys):
+    lines = Path("train.jsonl").read_text().splitlines()
+    Path("train.jsonl").write_text("\n".join([*lines[:2], "{broken", *lines[2:]]))
+    with pytest.raises(SystemExit):
+        cli.main(["data", "c.yaml"])
+    assert "train.jsonl:3" in capsys.readouterr().err
+
+
+def test_the_groups_are_those_of_the_recipes():
+    """Options stands for the Config of every shipped recipe: its fields are in each of them."""
+    names = {field.name for field in fields(dry_run.Options)}
+    text = (RECIPES / "lora_single_device.py").read_text()
+    for field in fields(dry_run.Options):
+        assert re.search(rf"^    {field.name}: {field.type.__name__} = ", text, re.MULTILINE)
+    assert names == {"model", "lora", "data", "optim", "run"}
+
+
+def test_validate_and_a_real_model_agree_on_what_is_trained(workplace):
+    cfg = dry_run.read_config(dry_run.Options, "c.yaml", [])
+    model, reports = dry_run.build(cfg, range(0))
+    with torch.device("meta"):
+        other = build_model(read_config("model"))
+    _, report, _ = add_adapter(other, cfg.lora, range(0))
+    assert reports == [str(report)]
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in other.named_parameters()]
