@@ -46,7 +46,7 @@ def test_validate_checks_everything_and_loads_no_weight(workplace, capsys):
     attention = 4 * shape.hidden_size + 2 * heads  # inputs and outputs of q, k, v and o
     feed_forward = 3 * (shape.hidden_size + shape.intermediate_size)
     assert trained == 4 * shape.num_hidden_layers * (attention + feed_forward) < total  # rank 4
-    assert "disk    ok" in out and "GiB frozen weights" in out
+    assert "disk    ok" in out and "MiB for frozen weights" in out
 
 
 def test_validate_of_nf4_counts_fewer_bytes(workplace, capsys):
@@ -105,7 +105,7 @@ def test_validate_refuses_a_damaged_model_config(workplace, capsys):
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_run(tmp_path):
-    with pytest.raises(UserError, match=rf"run\.out: its checkpoints take 1048576\.0 GiB, .* are free at {tmp_path}"):
+    with pytest.raises(UserError, match=rf"run\.out: its checkpoints take 1,048,576\.0 GiB, .* are free at {tmp_path}"):
         dry_run.check_disk(tmp_path / "a" / "b", 2**50)
 
 

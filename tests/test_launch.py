@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from torchft import crash, launch
 from torchft.distributed import require_single_process
 from torchft.errors import ConfigError, UserError
+from torchft.models.llama import config_from_hf
 
 RECIPE = '''
 """A throw-away recipe: on rank `fail_on` a shape is wrong, the other ranks wait for it in a collective."""
@@ -220,6 +222,13 @@ def test_impossible_torchrun_values_are_user_errors(recipe):
             launch.launch_config(launch.parse_torchrun_options([option, str(recipe)]))
 
 
+def test_a_port_that_is_taken_is_a_user_error(quick):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        argv = ["--nproc_per_node=1", f"--master-port={server.getsockname()[1]}", str(quick)]
+        with pytest.raises(UserError, match="could not find each other: .*; check --rdzv-endpoint"):
+            launch.run_workers(argv)
+
+
 class Ended:
     """What torchrun tells of a process: torch.distributed.elastic.multiprocessing.errors.ProcessFailure."""
 
@@ -280,6 +289,10 @@ def test_describe():
     assert caught(UserError("a: b")) == ("error: a: b", 1)
     assert caught(ConfigError("a: b")) == ("error: a: b", 2)
     assert caught(KeyboardInterrupt()) == ("interrupted", 130)
+    try:
+        config_from_hf({"architectures": ["LlamaForCausalLM"], "new_knob": 1})
+    except ValueError as error:
+        assert crash.describe(type(error), error, error.__traceback__) == (f"error: {error}", 1)
     text, code = caught(ValueError("a"))
     assert text.startswith("Traceback") and text.endswith("ValueError: a") and code == 1
 

@@ -104,16 +104,16 @@ def test_chat_template_renders_what_the_model_was_trained_on():
         tokenizer.apply_chat_template([{"role": "tool", "content": "3"}])
 
 
-def test_every_token_that_the_demo_uses_has_been_trained(tokenizer: Tokenizer, model: CausalLM):
-    # Rows of the embedding that no text ever used lie in one direction, here that of the bytes beyond ASCII.
+def test_every_token_that_is_to_be_said_has_been_trained(tokenizer: Tokenizer, model: CausalLM):
+    # Rows of the embedding that no text ever used lie in one direction, here that of the bytes beyond ASCII. The head
+    # is tied to it: of two such tokens no LoRA on the layers could make one likelier than the other.
     rows = torch.nn.functional.normalize(model.model.embed_tokens.weight.detach(), dim=1)
     beyond_ascii = [tokenizer.token_to_id(letter) for letter in "ÀÈÌÒÙàèìòù"]  # stand for bytes, in byte-level BPE
     unused = torch.nn.functional.normalize(rows[beyond_ascii].sum(0), dim=0)
-    assert (rows[beyond_ascii] @ unused).min() > 0.9
-    texts = [maker.render(row["messages"]) for row in read_rows("train") + read_rows("valid")]
-    used = torch.cat(maker.encode(tokenizer, texts)).unique()
-    assert {0, 1, 2} <= set(used.tolist())
-    assert (rows[used] @ unused).max() < 0.5
+    assert (rows[beyond_ascii] @ unused).min() > 0.95
+    answers = [question_and_answer(row)[1] for row in read_rows("train") + read_rows("valid")]
+    said = torch.cat([*maker.encode(tokenizer, answers), torch.tensor([0, 1, 2])]).unique()
+    assert (rows[said] @ unused).max() < 0.6
 
 
 # The skill ------------------------------------------------------------------------------------------------------------

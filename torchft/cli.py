@@ -121,44 +121,32 @@ def _dry_run_commands(commands: Commands) -> None:
 
 def _merge_command(commands: Commands) -> None:
     example = "tune merge Qwen/Qwen3-0.6B out/adapter ./Qwen3-0.6B-mine"
-    merge = _command(
-        commands, "merge", _merge, "write base model and adapter as one model directory, verified", example
-    )
+    summary = "write base model and adapter as one model directory, verified"
+    merge = _command(commands, "merge", _merge, summary, example)
     merge.add_argument("base", help="the model directory that the adapter was trained on")
     merge.add_argument("adapter", help="a PEFT adapter directory")
     merge.add_argument("out", help="the directory to write")
-    merge.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the written weights (default: the base's)"
-    )
-    merge.add_argument(
-        "--nf4-base", action="store_true", help="merge into the 4-bit weights that QLoRA trained on, dequantised"
-    )
+    dtypes = ["bfloat16", "float16", "float32"]
+    merge.add_argument("--dtype", choices=dtypes, help="of the written weights (default: the base's)")
+    merge.add_argument("--nf4-base", action="store_true", help="merge into the 4-bit weights that QLoRA trained on")
 
 
 def _generate_command(commands: Commands) -> None:
     example = 'tune generate Qwen/Qwen3-0.6B --adapter out/adapter --prompt "Who are you?"'
-    generate = _command(
-        commands, "generate", _generate, "answer a prompt, or chat, with a model and an adapter", example
-    )
-    generate.add_argument("model", help="a model directory, or builtin:tiny_llama")
-    generate.add_argument("--adapter", default="", help="a PEFT adapter directory")
-    generate.add_argument("--prompt", default="", help="one user message; without it a chat starts (/reset, /exit)")
-    generate.add_argument("--system", default="", help="a system message before it")
-    generate.add_argument(
-        "--chat-template", default="", help="chatml, alpaca or a .jinja file (default: the tokenizer's own)"
-    )
-    generate.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)"
-    )
-    generate.add_argument(
-        "--quantize", choices=["none", "nf4"], default="none", help="hold the linears in 4 bits (default: none)"
-    )
-    generate.add_argument("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
-    generate.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens up to this share (default: 1)"
-    )
-    generate.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    summary = "answer a prompt, or chat, with a model and an adapter"
+    generate = _command(commands, "generate", _generate, summary, example)
+    add = generate.add_argument
+    add("model", help="a model directory, or builtin:tiny_llama")
+    add("--adapter", default="", help="a PEFT adapter directory")
+    add("--prompt", default="", help="one user message; without it a chat starts (/reset, /exit)")
+    add("--system", default="", help="a system message before it")
+    add("--chat-template", default="", help="chatml, alpaca or a .jinja file (default: the tokenizer's own)")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)")
+    add("--quantize", choices=["none", "nf4"], default="none", help="hold the linears in 4 bits (default: none)")
+    add("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens up to this share (default: 1)")
+    add("--seed", type=int, default=0, help="of the drawing (default: 0)")
 
 
 def _command(
@@ -193,9 +181,7 @@ def _print_families(names: list[str]) -> None:
     """Whole names, one family per paragraph: each can be copied into a command as it stands."""
     for family in dict.fromkeys(name.partition("/")[0] for name in names):
         mine = [name for name in names if name.startswith(f"{family}/")]
-        print(
-            textwrap.fill("  ".join(mine), 118, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
-        )
+        print(textwrap.fill("  ".join(mine), 118, initial_indent="    ", subsequent_indent="    "))
 
 
 def _find(name: str) -> Path:

@@ -9,11 +9,13 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import TracebackType
 
 from torchft.distributed import rank
 from torchft.errors import ConfigError, UserError
 
+MODELS = (Path(__file__).parent / "models").resolve()
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -28,9 +30,8 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     sys.stdout.flush()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file and write_error_file(error_file, f"{kind.__name__}: {error}", text, code):
-        if (
-            os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        ):  # the launcher prints only the last attempt's failure
+        # With --max-restarts the launcher prints only the last attempt's failure.
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             print(text, file=sys.stderr)
         # Not SystemExit: shutting down communicators with the other ranks waiting in a collective can hang for minutes.
         sys.stderr.flush()
@@ -43,9 +44,18 @@ def describe(kind: type[BaseException], error: BaseException, trace: TracebackTy
     """What to print for an exception, and the exit code."""
     if issubclass(kind, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
-    if issubclass(kind, UserError):
+    if issubclass(kind, UserError) or (kind is ValueError and raised_in_models(trace)):
         return f"error: {error}", 2 if issubclass(kind, ConfigError) else 1
     return "".join(traceback.format_exception(kind, error, trace)).rstrip(), 1
+
+
+def raised_in_models(trace: TracebackType | None) -> bool:
+    """Whether an exception comes from torchft/models, which tells users what is wrong with a config.json.
+
+    Those files may not import UserError (D1), and raise plain ValueErrors.
+    """
+    *_, (frame, _) = traceback.walk_tb(trace) if trace else [(None, 0)]
+    return frame is not None and Path(frame.f_code.co_filename).resolve().parent == MODELS
 
 
 def write_error_file(path: str, message: str, text: str, code: int) -> bool:

@@ -98,10 +98,8 @@ def check_model(cfg: Options, new_ids: range) -> None:
     total = sum(param.numel() for param in model.parameters())
     print(f"model   ok: {total:,} parameters, {trained:,} of them trained")
     print(textwrap.indent("\n".join(reports), INDENT))
-    frozen = frozen_bytes(model, cfg.model.dtype) / GIB
-    print(
-        f"{INDENT}memory: {frozen:.2f} GiB frozen weights, {trained * TRAINED_BYTES / GIB:.2f} GiB for what is trained"
-    )
+    frozen = size(frozen_bytes(model, cfg.model.dtype))
+    print(f"{INDENT}memory: {frozen} for frozen weights, {size(trained * TRAINED_BYTES)} for what is trained")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * SAVED_BYTES * (cfg.run.keep_last + 2))
 
@@ -138,7 +136,10 @@ def check_disk(out: Path, needed: int) -> None:
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise UserError(
-            f"run.out: its checkpoints take {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free at {existing}"
-        )
-    print(f"disk    ok: {needed / GIB:.2f} GiB for checkpoints, {free / GIB:.0f} GiB are free at {existing}")
+        raise UserError(f"run.out: its checkpoints take {size(needed)}, {size(free)} are free at {existing}")
+    print(f"disk    ok: {size(needed)} for checkpoints, {size(free)} are free at {existing}")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"

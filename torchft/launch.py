@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from torchft.errors import UserError
 from torchft.names import find_recipe
 
+TORCHRUN_OPTIONS = ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
 USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
 
 
@@ -47,14 +48,13 @@ def run(argv: list[str]) -> NoReturn:
 def check_order(arguments: list[str]) -> None:
     """torchrun's options belong before the recipe; after it they would reach the recipe, which knows none of them."""
     for argument in arguments:
-        if argument.startswith(
-            ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
-        ):
+        if argument.startswith(TORCHRUN_OPTIONS):
             raise UserError(f"{argument} is torchrun's and stands before the recipe: {USAGE}")
 
 
 def run_workers(argv: list[str]) -> int:
     """Starts one process per rank with torchrun's launcher, waits for all of them, and returns the exit code."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -73,10 +73,9 @@ def run_workers(argv: list[str]) -> int:
         except SignalException as error:
             print(f"stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
-        except RendezvousError as error:
-            raise UserError(
-                f"the processes did not find each other: {error}; check --rdzv-endpoint, --nnodes"
-            ) from None
+        except (RendezvousError, DistError) as error:  # of the launcher's own store: the ranks are other processes
+            fix = "check --rdzv-endpoint, --master-addr, --master-port and --nnodes"
+            raise UserError(f"the processes could not find each other: {error}; {fix}") from None
     return 0
 
 
@@ -130,7 +129,8 @@ def describe_failure(rank: int, failure: Any) -> Failure:
     if failure.exitcode > 0:
         text = f"it left with exit code {failure.exitcode}; what it printed stands above"
         return Failure(rank, failure.timestamp, text, failure.exitcode)
-    name = signal.Signals(-failure.exitcode).name
+    names = {number.value: number.name for number in signal.Signals}
+    name = names.get(-failure.exitcode, f"signal {-failure.exitcode}")
     hint = ", which is often the kernel's answer to memory running out" if name == "SIGKILL" else ""
     # The launcher stops the other ranks with SIGTERM once one has failed: such a rank was never first.
     time = math.inf if name == "SIGTERM" else failure.timestamp

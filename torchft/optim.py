@@ -28,20 +28,25 @@ def build_optimizer(params: dict[str, nn.Parameter], cfg: OptimConfig) -> torch.
     """
     assert params, "no trainable parameter"
     assert all(param.dtype == torch.float32 for param in params.values()), "trainable parameters are kept in fp32"
-    # Norm gains, biases and DoRA magnitudes are scales, not directions: decay would pull them to 0 for nothing.
-    # Rows of an embedding or a head are decayed at every step and trained only where their token occurs; rows that are frozen
-    # beside added tokens must not move at all.
-    decayed = {name for name, param in params.items() if param.ndim > 1 and not name.endswith(TABLES)}
-    matrices = [param for name, param in params.items() if name in decayed]
-    others = [param for name, param in params.items() if name not in decayed]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = _parameter_groups(params, cfg.weight_decay)
     betas = (cfg.betas[0], cfg.betas[1])
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
     if cfg.name == "adamw_8bit":
         return _build_8bit(groups, cfg, betas, next(iter(params.values())).device)
     raise UserError(f"optim.name is {cfg.name!r}: choose adamw or adamw_8bit")
+
+
+def _parameter_groups(params: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
+    """What is decayed and what is not; a group without parameters is left out."""
+    # Norm gains, biases and DoRA magnitudes are scales, not directions: decay would pull them to 0 for nothing. Rows of an
+    # embedding or a head would be decayed at every step and trained only where their token occurs; those that are frozen
+    # beside added tokens must not move at all.
+    decayed = {name for name, param in params.items() if param.ndim > 1 and not name.endswith(TABLES)}
+    matrices = [param for name, param in params.items() if name in decayed]
+    others = [param for name, param in params.items() if name not in decayed]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _build_8bit(

@@ -231,20 +231,19 @@ def test_text_that_agrees_but_is_not_the_answers_own_in_its_place(tmp_path):
     """What else of the row could be taken for an answer, where the text is the same."""
     twice = custom(tmp_path, CHATML.replace("m.content", "m.content[:2] + m.content[:2]"))
     assert twice([ASK, say("aaaa")]).notes == {NOT_VERBATIM: 1}  # its own characters, but not in their places
-    named = custom(tmp_path, CHATML.replace("m.content", "m.content[:1] + (m.name or m.content[1:])"))
-    assert named([ASK, say("ab", name="b")]).notes == {NOT_VERBATIM: 1}  # another field of the same message
+    named = custom(tmp_path, CHATML.replace("m.content", "m.content[:1] + (m.name or m.content)[1:]"))
+    assert named([ASK, say("ab", name="xb")]).notes == {NOT_VERBATIM: 1}  # another field of the same message
     blank = custom(tmp_path, CHATML.replace("m.content", "m.content[:1] + messages[0].content + m.content[2:]"))
     made = blank.marked([{"role": "user", "content": "."}, say("a.c")])
     assert "[[" not in made
-    made = blank.marked([{"role": "user", "content": " "}, say("  x")])
-    assert made.endswith("<|im_start|>assistant\n  [[x<|im_end|>]]\n") or made.endswith(
-        "assistant\n [[ x<|im_end|>]]\n"
-    )
+    made = blank.marked([{"role": "user", "content": "\n"}, say("\n\nx")])  # a user's newline among the answer's
+    assert made.endswith("assistant\n\n\n[[x<|im_end|>]]\n")
 
 
 def test_a_call_named_again_above_the_tools_reply_does_not_prolong_it(tmp_path):
     """As gpt-oss does, which heads a reply with the name in the call before it."""
-    reply = "{% if m.role == 'tool' %}<|im_start|>{{ messages[0].content }}{{ messages[loop.index0 - 1].tool_calls[0].function.name }}"
+    reply = "{% if m.role == 'tool' %}<|im_start|>{{ messages[0].content }}"
+    reply += "{{ messages[loop.index0 - 1].tool_calls[0].function.name }}"
     call = "{% elif m.tool_calls %}<|im_start|>assistant\n{{ m.tool_calls[0].function | tojson }}<|im_end|>\n{% else %}"
     source = CHATML.replace(
         "<|im_start|>{{ m.role }}", f"{reply}: {{{{ m.content }}}}<|im_end|>\n{call}<|im_start|>{{{{ m.role }}}}", 1

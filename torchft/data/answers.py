@@ -172,7 +172,7 @@ def _segments(answer: _Answer) -> list[_Segment]:
 
 
 def _is_mention(chat: Conversation, segment: _Segment, span: RowSpan) -> bool:
-    """Whether a span says again, behind a control token, what the segment said: a call's name above the tool's reply."""
+    """Whether a span repeats, behind a control token, what the segment says: a call's name above the tool's reply."""
     behind = bisect.bisect_left(chat.controls, (segment.end,))
     return span[2] in segment.sources and behind < len(chat.controls) and chat.controls[behind][1] <= span[0]
 
@@ -186,8 +186,8 @@ def _prompt_end(answer: _Answer, number: int) -> int | None:
 
 
 def _context_end(answer: _Answer) -> int | None:
-    """Where the messages before this one end, for templates without a generation prompt (Mistral): only if they render
-    to the very beginning of this text, and end in what the template wrote right before the answer.
+    """Where the messages before this one end, for templates without a generation prompt (Mistral): if they render to
+    the very beginning of this text, and end in what the template wrote right before the answer.
     """
     chat, first = answer.chat, answer.own[0]
     try:
