@@ -32,7 +32,9 @@ def quiet_import() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():  # about its own source text, where it was installed without compiling it
+            warnings.simplefilter("ignore", SyntaxWarning)
+            yield
     finally:
         logging.disable(before)
 

@@ -6,7 +6,6 @@ optimizer's check. Left out: schedules with state (the learning rate is a functi
 needs none) and bf16 parameters (at small learning rates AdamW does not move them, pytorch/torchtune#2254).
 """
 
-import logging
 import math
 import warnings
 
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchft.config import OptimConfig
 from torchft.errors import UserError
 from torchft.modules.compiler import missing_compiler
+from torchft.modules.nf4 import quiet_import
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 
@@ -60,12 +60,8 @@ def _build_8bit(
         )
     # torchao reports extensions that this machine cannot load, and torch a missing cache key: neither is about the run.
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    with quiet_import():
         from torchao.optim import AdamW8bit  # here: its import takes seconds
-    finally:
-        logging.disable(disabled)
     return AdamW8bit(groups, lr=cfg.lr, betas=betas, eps=cfg.eps)
 
 
