@@ -173,10 +173,13 @@ def _rope_kind(settings: Fields) -> str:
 
 
 def _read_llama3(settings: Fields, max_positions: int) -> dict[str, Any]:
+    factor, low, high = (settings.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    if not low < high:
+        raise settings.fail("high_freq_factor", high, f"a number above low_freq_factor, which is {low}")
     return {
-        "factor": settings.number("factor"),
-        "low_freq_factor": settings.number("low_freq_factor"),
-        "high_freq_factor": settings.number("high_freq_factor"),
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
         "original_max_positions": settings.integer("original_max_position_embeddings", max_positions),
     }
 

@@ -123,11 +123,14 @@ def _flex_can_run(device_type: str) -> bool:
     return not missing
 
 
-def build_mask(ids: Tensor, num_keys: int, window: int | None, documents: Tensor | None) -> Mask:
+def build_mask(
+    ids: Tensor, num_keys: int, window: int | None, documents: Tensor | None, cached: bool = False
+) -> Mask:
     """The mask for ids (B, T), the last T of `num_keys` = S tokens (T and S differ only in generation).
 
     documents (B, S) int: the id of each token's document; None = every row is one. A padding token needs an id of its
     own (any that no document has), so that it sees at least itself: a fully masked softmax would be NaN.
+    cached: for generation, which runs uncompiled: FlexAttention would hold all scores then, so its mask is a dense one.
     """
     if window is not None and window >= num_keys:
         window = None
@@ -135,7 +138,7 @@ def build_mask(ids: Tensor, num_keys: int, window: int | None, documents: Tensor
     if documents is None and window is None and square:
         return None
     # Within one block there is nothing to skip, and FlexAttention has no kernel for some lengths so short.
-    if square and num_keys > FLEX_BLOCK and _flex_can_run(ids.device.type):
+    if square and not cached and num_keys > FLEX_BLOCK and _flex_can_run(ids.device.type):
         return block_mask(torch.zeros_like(ids) if documents is None else documents, window)
     return dense_mask(ids.shape[1], num_keys, window, documents, ids.device)
 

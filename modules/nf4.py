@@ -4,25 +4,24 @@ A weight becomes 4-bit codes into a table of 16 values (the quantiles of a norma
 Each block is scaled by its largest magnitude, and those scales are themselves stored in 8 bits, 256 to a scaler block,
 around one mean per tensor ("double quantisation"): 4.13 bits per weight.
 
-The tensor type and the encoder are torchao's `NF4Tensor`; this is the only file that imports torchao. Decoding is ours,
+The tensor type and the encoder are torchao's `NF4Tensor`; beside torchft/optim.py and optimizer_state.py, which take its
+8-bit AdamW, this is the only file that imports torchao. Decoding is ours,
 bitwise equal to torchao's `get_original_weight` but without its int64 index of the whole tensor: the only dense
 temporary is the decoded weight itself. Left out: training an NF4 weight, other block sizes, sharding.
 """
 
 import functools
-import importlib.util
 import logging
-import shutil
-import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from torchft.modules.compiler import missing_compiler
 from torch.autograd.function import FunctionCtx
 
 
@@ -237,13 +236,8 @@ def _compiled_lookup() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 @functools.cache
 def _can_compile() -> bool:
-    """Whether Triton is here and finds what it builds its launchers with: a C compiler and Python.h."""
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    compiler = any(shutil.which(name) for name in ("gcc", "clang"))
-    found = importlib.util.find_spec("triton") is not None and compiler and header.exists()
-    if not found:
-        warnings.warn(
-            "NF4 weights are decoded without a compiled kernel, several times slower; install triton, gcc, python3-dev",
-            stacklevel=2,
-        )
-    return found
+    """Whether torch.compile can build a CUDA kernel here; says so once where it cannot."""
+    missing = missing_compiler(torch.device("cuda"))
+    if missing:
+        warnings.warn(f"NF4 weights are decoded several times slower, since this machine lacks {missing}", stacklevel=2)
+    return not missing

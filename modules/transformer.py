@@ -118,7 +118,10 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + num_tokens, device=device)[None]
         cos, sin = rope_tables(self.rope, positions)  # (B or 1, T, E/2)
-        masks = {window: build_mask(input_ids, start + num_tokens, window, documents) for window in set(self.windows)}
+        masks = {
+            window: build_mask(input_ids, start + num_tokens, window, documents, cached=cache is not None)
+            for window in set(self.windows)
+        }
         # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
         h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)
         for index, block in enumerate(self.layers):

@@ -121,7 +121,7 @@ def init_new_rows(model: CausalLM, new_rows: range, generator: torch.Generator) 
 
     At the mean, a new token's logit lies within the range of the known ones (Hewitt 2021,
     https://www.cs.columbia.edu/~johnhew/vocab-expansion.html). A row of zeros, or one never trained, gets a probability
-    that has nothing to do with its neighbours' (PITFALLS T12).
+    that has nothing to do with its neighbours'.
 
     Args:
         new_rows: token ids, all after the known ones.

@@ -5,7 +5,7 @@
     tune cp lora_single_device ./mine.py && tune run ./mine.py --config tiny/lora
 
 The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy
-is yours to edit. Measured results: docs/RECORDS.md. Left out: several processes (lora_distributed), full fine-tuning.
+is yours to edit. Measured results: docs/RECORDS.md. Left out: several processes, full fine-tuning.
 """
 
 import math
@@ -25,6 +25,7 @@ from torchft.data.loader import Batch, Loader, eval_batches
 from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import require_single_process
+from torchft.fit import check_ids, warn_of_misfits
 from torchft.generate import Answer, answer_examples, eval_mode, exact_match, first_conversations
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
@@ -69,9 +70,10 @@ def evaluate(model: CausalLM, batches: Iterable[Batch], device: torch.device) ->
 
 
 def show(answers: list[Answer], log: RunLogger) -> None:
-    """A few answers beside what was expected, one line each."""
+    """A few answers below their prompts, and what was expected where it is something else."""
     for answer in answers:
-        log.print(f"  {answer.prompt!r} -> {answer.answer!r}, expected {answer.expected!r}")
+        right = answer.answer.strip() == answer.expected.strip()
+        log.print(f"  prompt    {answer.prompt}\n  answer    {answer.answer}" + (" (right)" if right else f"\n  expected  {answer.expected}"))
 
 
 def main(cfg: Config) -> None:
@@ -80,7 +82,7 @@ def main(cfg: Config) -> None:
     run, out = cfg.run, Path(cfg.run.out)
     device = setup_device(run.seed, run.deterministic)
     generator = torch.Generator().manual_seed(run.seed)  # on the CPU: one seed gives one adapter on every device
-    log, stop = RunLogger(run, asdict(cfg), device), StopSignal()
+    log = RunLogger(run, asdict(cfg), device)
     checkpoint = find_checkpoint(out, run.resume, asdict(cfg), log.print)  # now: a wrong one fails before anything is loaded
 
     # ---- Model. On meta until its weights stream in, so that a quantised model never exists dense. The order is the same in
@@ -109,19 +111,22 @@ def main(cfg: Config) -> None:
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     train, valid = build_datasets(cfg.data, tokenizer, template, run.seed)
+    check_ids(train, model.config, tokenizer)
+    warn_of_misfits(model, train, tokenizer, cfg.data.max_seq_len, log.print)
     loader = Loader(train, cfg.data, run)
     log.print(loader.summary())
-    answering = {"batch_size": 64, "max_new_tokens": run.max_new_tokens}
+    rows_at_once = max(1, 16_384 // (cfg.data.max_seq_len + run.max_new_tokens))  # bounds the KV cache
+    answering = {"batch_size": rows_at_once, "max_new_tokens": run.max_new_tokens}
     samples, scored = (first_conversations(valid, template, n) for n in (run.sample_rows, run.exact_match_rows))
 
     # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
-    state, best_loss = {}, math.inf
+    state = {}
     if checkpoint:
         state = load_checkpoint(checkpoint, params=params, optimizer=optimizer, unchanged={"data": train.fingerprint})
-        best_loss, _ = best_checkpoint(out)
     first_step = state.get("step", 0) + 1
     length = {"total_steps": loader.total_steps, "steps_per_epoch": loader.steps_per_epoch(0), "start_step": first_step - 1}
     log.begin(**length, state=state.get("log"), flops_per_token=flops_per_token(model, cfg.data.max_seq_len))
+    best_loss = best_checkpoint(out)[0] if checkpoint else math.inf  # log.begin has moved what a later step left aside
     profiler = ProfileWindow(run, device, log.print)
     if scored and first_step == 1:
         with log.paused():
@@ -130,6 +135,7 @@ def main(cfg: Config) -> None:
         show(answers[: run.sample_rows], log)
 
     # ---- Loop. A step's loss is the sum over its supervised tokens divided by their number, however it is cut into batches.
+    stop = StopSignal()  # from here on there is something to save
     for step in range(first_step, loader.total_steps + 1):
         batches = loader.step(step - 1)
         supervised = sum(batch.num_supervised for batch in batches)
@@ -149,7 +155,7 @@ def main(cfg: Config) -> None:
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 
-        last = step == loader.total_steps
+        last, stopping = step == loader.total_steps, stop.requested
         valid_loss = None
         if valid and (last or (run.eval_every and step % run.eval_every == 0)):
             with log.paused():
@@ -158,13 +164,13 @@ def main(cfg: Config) -> None:
                 log.validation(step, valid_loss=valid_loss)
                 show(answer_examples(model, tokenizer, template, samples, **answering), log)
         improved = run.keep_best and valid_loss is not None and valid_loss < best_loss
-        if last or improved or stop.requested or (run.save_every and step % run.save_every == 0):
+        if last or improved or stopping or (run.save_every and step % run.save_every == 0):
             with log.paused():
                 state = {"data": train.fingerprint, "log": log.state()}
                 kept = {"keep_last": run.keep_last, "valid_loss": valid_loss if run.keep_best else None}
                 save_checkpoint(out, step, params=params, optimizer=optimizer, state=state, config=asdict(cfg), **kept)
             best_loss = valid_loss if improved else best_loss
-        if stop.requested and not last:
+        if stopping and not last:
             log.print(f"stopped after step {step}; go on with run.resume=auto")
             sys.exit(stop.exit_code)
     profiler.close()
@@ -174,13 +180,13 @@ def main(cfg: Config) -> None:
         load_checkpoint(best, params=params, optimizer=optimizer, unchanged={})
         log.print(f"exporting {best}, the lowest validation loss")
     if scored:
-        accuracy, answers = exact_match(model, tokenizer, template, scored, **answering)
+        accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
         log.validation(loader.total_steps, exact_match=accuracy)
-        show(answers[: run.sample_rows], log)
     if cfg.model.weights != "random":
-        added = tokenizer if tokenizer.added else None
-        save_adapter(model, spec, out / "adapter", base_path=str(path), tokenizer=added, replace_existing=True)
+        text = {"tokenizer": tokenizer, "template": template}  # saved where they are not the base model's own
+        save_adapter(model, spec, out / "adapter", base_path=str(path), **text, replace_existing=True)
         log.print(f"saved and verified: {verify_adapter(model, spec, out / 'adapter')}")
+        log.print(f"try it: tune generate {cfg.model.path} --adapter {out / 'adapter'}")
     log.close()
 
 

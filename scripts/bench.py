@@ -51,16 +51,19 @@ LLAMA_3_1_8B = {
     "vocab_size": 128256,
 }
 MODELS = {"8b": LLAMA_3_1_8B}
+CASES = [
+    f"{method}_8b_{dtype}_{shape}_{ac}"
+    for method, dtype in (("lora", "bf16"), ("qlora", "nf4"))
+    for shape in ("2048x4", "8192x1", "2048x1")
+    for ac in ("noac", "ac")
+]
 
 
 def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
     """Split a case's name, method_model_dtype_<seq>x<batch>_<ac|noac>, into a config.json and recipe overrides."""
-    try:
-        method, model, dtype, shape, ac = case.split("_")
-        seq, batch = (int(part) for part in shape.split("x"))
-        config = MODELS[model]
-    except (ValueError, KeyError):
-        raise SystemExit(f"error: case {case!r} is not method_model_dtype_<seq>x<batch>_<ac|noac>, see --list") from None
+    _, model, dtype, shape, ac = case.split("_")
+    seq, batch = (int(part) for part in shape.split("x"))
+    config = MODELS[model]
     return config, {
         "model.quantize": "nf4" if dtype == "nf4" else "none",
         "model.activation_checkpointing": "full" if ac == "ac" else "none",
@@ -68,14 +71,6 @@ def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
         "run.global_batch_size": batch,
         "run.micro_batch_size": batch,
     }
-
-
-CASES = [
-    f"{method}_8b_{dtype}_{shape}_{ac}"
-    for method, dtype in (("lora", "bf16"), ("qlora", "nf4"))
-    for shape in ("2048x4", "8192x1", "2048x1")
-    for ac in ("noac", "ac")
-]
 
 
 def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
@@ -111,15 +106,13 @@ def run_recipe(case: str, timeout_s: int) -> dict:
         command = [sys.executable, "-m", "torchft", "run", "lora_single_device", *args]
         subprocess.run(command, check=True, timeout=timeout_s, cwd=REPO)
         records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
-    return reduce_log([r for r in records if "tokens_per_s" in r], overrides)
+    return reduce_log([r for r in records if "tokens_per_s" in r])
 
 
-def reduce_log(records: list[dict], overrides: dict) -> dict:
+def reduce_log(records: list[dict]) -> dict:
     """Median and spread of tokens/s after the warm-up; peak memory and loss over the whole run."""
     rates = [r["tokens_per_s"] for r in records[WARMUP_STEPS:]]
-    shown = " ".join(f"{key}={value}" for key, value in overrides.items())
     return {
-        "command": f"python scripts/bench.py (lora_single_device model.weights=random lora.rank=16 {shown})",
         "tokens_per_s": round(statistics.median(rates)),
         "tokens_per_s_min_max": [round(min(rates)), round(max(rates))],
         "peak_alloc_gib": round(max(r["peak_memory_gib"] for r in records), 2),
@@ -145,7 +138,9 @@ def environment() -> dict:
     import triton
 
     git = subprocess.run(["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    commit = os.environ.get("BENCH_COMMIT") or git.stdout.strip()  # the tree may travel without its history
+    changed = subprocess.run(["git", "-C", str(REPO), "status", "--porcelain"], capture_output=True, text=True)
+    # The tree may have been copied here without its history; whoever copies it says which commit it is.
+    commit = os.environ.get("BENCH_COMMIT") or git.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -166,9 +161,13 @@ def main() -> None:
     if args.list:
         print("\n".join(CASES))
         return
+    if unknown := sorted(set(args.case) - set(CASES)):
+        raise SystemExit(f"error: no case {', '.join(unknown)}; --list prints those there are")
     for case in args.case:
         try:
-            record = {"case": case, **environment(), **run_recipe(case, args.timeout), "baselines": {}}
+            command = " ".join(["python scripts/bench.py --case", case, *(f"--baseline {name}" for name in args.baseline)])
+            measured = run_recipe(case, args.timeout)
+            record = {"case": case, **environment(), "command": command, **measured, "baselines": {}}
             for name in args.baseline:
                 record["baselines"][name] = run_baseline(name, case, args.timeout)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:

@@ -38,7 +38,7 @@ VOCAB_SIZE = (
 )
 HELD_OUT_DOCUMENTS = 1000
 TRAIN_ROWS, VALID_ROWS = 2400, 300  # of the instruction set
-# Every linear has a multiple of 4 x 16,384 elements, so that NF4 works on its shards over up to 4 ranks (DESIGN D10).
+# Every linear has a multiple of 4 x 16,384 elements, so that NF4 works on its shards over up to 4 ranks.
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -151,6 +151,9 @@ def test_added_tokens_reach_peft_over_a_resized_base(tmp_path: Path, tied: bool)
 class StandInTokenizer:
     """What save_adapter needs of a tokenizer."""
 
+    added = ["<a>", "<b>", "<c>"]
+    chat_template = None
+
     def save(self, path: Path) -> None:
         (path / "tokenizer.json").write_text("{}")
 

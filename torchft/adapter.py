@@ -27,6 +27,7 @@ from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter
 from torchft.safetensors_header import read_header
 
 if TYPE_CHECKING:
+    from torchft.data.chat_template import ChatTemplate
     from torchft.data.tokenizer import Tokenizer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -93,13 +94,15 @@ def save_adapter(
     *,
     base_path: str,
     tokenizer: "Tokenizer | None" = None,
+    template: "ChatTemplate | None" = None,
     replace_existing: bool = False,
 ) -> None:
     """Write the model's adapter, and what it trains whole, as a PEFT directory that appears at once or not at all.
 
     Args:
         base_path: the base model's hub name or directory, by which PEFT finds it.
-        tokenizer: saved beside the adapter; others need it where tokens were added.
+        tokenizer, template: what it was trained with; saved beside the adapter where they are not the base's own, because
+            tokens were added or another template was chosen.
 
     Raises:
         UserError: `path` exists (without `replace_existing`) or cannot be written.
@@ -119,11 +122,20 @@ def save_adapter(
         write_bytes(folder / WEIGHTS, safetensors_bytes(tensors, metadata))
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
-            tokenizer.save(folder)
+            _save_text(folder, tokenizer, template, Path(base_path))
+
+
+def _save_text(folder: Path, tokenizer: "Tokenizer", template: "ChatTemplate | None", base: Path) -> None:
+    """The tokenizer and the chat template, unless both are those of the base model."""
+    chosen = template is not None and template.source != tokenizer.chat_template
+    if tokenizer.added or chosen or tokenizer.path.resolve() != base.resolve():
+        tokenizer.save(folder)
+    if chosen:
+        write_bytes(folder / "chat_template.jinja", template.source.encode())
 
 
 def tokenizer_folder(base: str | Path, adapter: str | Path | None) -> Path:
-    """Where the tokenizer is: in the adapter's directory if that has one (with added tokens), else in the base's."""
+    """Where the tokenizer is: in the adapter's directory if that has one (see save_adapter), else in the base's."""
     brings = adapter and any((Path(adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     return Path(adapter) if brings else Path(base)
 

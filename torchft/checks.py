@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchft.config import resolve_path
+from torchft.config import LoraOptions, resolve_path
 from torchft.errors import UserError
 
 LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet")  # any other data path is a hub dataset's name
@@ -24,6 +24,8 @@ CHOICES = {
     "optim.name": ("adamw", "adamw_8bit"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }
+# What an adapter that is trained further has decided already.
+LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text")
 
 # Both ends are accepted. The upper ends are far beyond use: they catch a slipped decimal point and unit mix-ups.
@@ -167,6 +169,12 @@ def check_pairs(values: dict[str, Any]) -> Problems:
          "moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
+        (bool(values.get("lora.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,
+         "lora.modules_to_save", "must name both embed_tokens and lm_head beside lora.new_tokens, whose rows are in both; "
+         "or leave it empty to train only those rows"),
+        *[(bool(values.get("lora.adapter")) and key in values and values[key] != default, key,
+           "has no effect beside lora.adapter, which decides it; remove one of them")
+          for key, default in LORA_DEFAULTS.items()],
         (bool(clashing), "lora.modules_to_save",
          f"and lora.target_modules both name {', '.join(clashing)}; keep one of them"),
     ]  # fmt: skip
@@ -203,7 +211,7 @@ def _path_problem(key: str, text: str, inside: str) -> str:
         return f"is {show(text)}, a directory without {inside}"
     fix = (
         f"; get it with `tune download {text}`"
-        if key == "model.path" and re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+        if key == "model.path" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)
         else ""
     )
     return f"is {show(text)}, which does not exist (looked in {Path.cwd()}){fix}"

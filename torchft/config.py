@@ -15,7 +15,7 @@ class ModelConfig:
     """Which weights, in which storage, and how memory is traded for time."""
 
     path: str = ""  # a Hugging Face model directory, or builtin:tiny_llama
-    weights: str = "pretrained"  # pretrained | random (benchmarks and tests: needs only config.json, never exported)
+    weights: str = "pretrained"  # pretrained | random (for measuring: needs config.json and a tokenizer, never exported)
     dtype: str = "bfloat16"  # of the frozen base: bfloat16 | float32
     quantize: str = "none"  # none | nf4 (QLoRA: frozen linears in 4 bits, double-quantised)
     activation_checkpointing: str = "none"  # none | full | every_<n>: recompute every n-th block in backward
@@ -34,8 +34,8 @@ class LoraOptions:
     dora: bool = False  # https://arxiv.org/abs/2402.09353
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # leaf names; all-linear: all but lm_head
     modules_to_save: list[str] = field(default_factory=list)  # trained whole beside the adapter: embed_tokens, lm_head
-    new_tokens: list[str] = field(default_factory=list)  # added to the tokenizer; only their rows are trained
-    adapter: str = ""  # a PEFT adapter directory to start from; it decides the fields above
+    new_tokens: list[str] = field(default_factory=list)  # added to the tokenizer; trained are their rows alone
+    adapter: str = ""  # a PEFT adapter directory to train further; it decides the fields above
 
 
 @dataclass

@@ -7,6 +7,7 @@ Legend: B prompts, T tokens, V vocabulary.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -161,8 +162,8 @@ def first_conversations(dataset: Dataset | None, template: ChatTemplate | None, 
     """The first `count` examples that a model can be asked; none of no dataset, and plain texts have no answers."""
     if dataset is None or template is None:
         return []
-    examples = (dataset.example(index) for index in range(min(len(dataset), count)))
-    return [example for example in examples if example.messages]
+    examples = (dataset.example(index) for index in range(len(dataset)))
+    return list(itertools.islice((example for example in examples if example.messages), count))
 
 
 def answer_examples(

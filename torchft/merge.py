@@ -3,7 +3,7 @@
 Every written tensor is read back and compared, and where memory allows the logits of the merged model are compared with
 those of base and adapter. At most one output shard is in memory while writing.
 
-Which base an adapter that was trained on NF4 weights (QLoRA) is merged into is a choice (PITFALLS M8). The default is
+Which base an adapter that was trained on NF4 weights (QLoRA) is merged into is a choice. The default is
 the checkpoint's own weights: they are the better model, and other programs load adapter and base that way too.
 `nf4_base` merges into the dequantised weights, which is exactly the model that was trained. The output says which.
 """

@@ -42,12 +42,16 @@ class RunLogger:
         self._config = redact(config)
         self._device = device
         self._trackers = Trackers(run)
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)  # now: not after a model was loaded
+        except OSError as error:
+            raise UserError(f"run.out={run.out} cannot be written: {error.strerror}; choose another directory") from None
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._interval = Interval(device)
         for group, options in self._config.items():
             text = f"{group}={options}"
             if isinstance(options, dict):
-                text = f"{group}: " + " ".join(f"{name}={value}" for name, value in options.items())
+                text = f"{group}: " + " ".join(_shown(name, value) for name, value in options.items())
             self.print(textwrap.fill(text, 120, subsequent_indent="    ", break_long_words=False))
 
     def print(self, text: str) -> None:
@@ -69,6 +73,11 @@ class RunLogger:
         A fresh start moves an earlier run's files aside; a resumed one (`start_step` steps done, `state` from
         `state()`) cuts log.jsonl back to `start_step`. Raises UserError where run.out cannot be written.
         """
+        if start_step > total_steps:
+            raise UserError(
+                f"the checkpoint is at step {start_step} and the run would end at {total_steps}: raise run.max_steps or "
+                "run.epochs, or resume an earlier checkpoint"
+            )
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._flops_per_token = flops_per_token
@@ -183,6 +192,14 @@ class RunLogger:
         self._bar.close()
         self._log.close()
         self._trackers.close()
+
+
+def _shown(key: str, value: Any) -> str:
+    """One option as it is written on a command line; of a data source what is set. All of it is in out/config.yaml."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        sources = [{name: item for name, item in source.items() if item not in ("", {}, "auto")} for source in value]
+        value = "[" + ", ".join("{" + ", ".join(f"{n}: {v}" for n, v in source.items()) + "}" for source in sources) + "]"
+    return f"{key}={value}"
 
 
 class Interval:

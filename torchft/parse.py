@@ -9,6 +9,7 @@ print secrets.
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def read_config(config_class: type[C], config: str | None, overrides: list[str],
     reader.raise_problems()
     given = OmegaConf.create(nest(reader.values))
     cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), given))
+    _expand_home(cfg)
     values = flatten(cfg)
     reader.check(check_options, {key: value for key, value in values.items() if key not in reader.values})
     reader.check(check_pairs, values)
@@ -68,6 +70,14 @@ def read_config(config_class: type[C], config: str | None, overrides: list[str],
         reader.check(check_paths, values)
     reader.raise_problems()
     return cfg
+
+
+def _expand_home(cfg: Any) -> None:
+    """`~` in the options that are paths, here once, so that whoever uses them need not."""
+    for group, name in (("model", "path"), ("lora", "adapter"), ("data", "chat_template"), ("run", "out"), ("run", "resume")):
+        if group in vars(cfg) and name in vars(vars(cfg)[group]):
+            options = vars(vars(cfg)[group])
+            options[name] = os.path.expanduser(options[name])
 
 
 def split_arguments(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from torchft.data.tokenizer import load_tokenizer
+from torchft.errors import UserError
 from torchft.metrics import DETERMINISTIC_FIELDS
 from torchft.parse import parse
 from torchft.recipes import lora_single_device as recipe
@@ -24,6 +27,8 @@ def options(model: Path, data: Path, out: Path, *more: str) -> recipe.Config:
     values |= {"lora.rank": 4, "lora.alpha": 12, "lora.dropout": 0.1, "optim.lr": 0.01, "optim.warmup_steps": 2}
     values |= {"run.micro_batch_size": 2, "run.max_new_tokens": 4, "run.sample_rows": 1}
     values |= dict(text.split("=", 1) for text in more)
+    if "lora.adapter" in values:  # which decides these
+        values = {key: value for key, value in values.items() if key not in ("lora.rank", "lora.alpha", "lora.dropout")}
     return parse(recipe.Config, [f"{key}={value}" for key, value in values.items()])
 
 
@@ -200,3 +205,34 @@ def test_keep_best_exports_the_lowest_validation_loss(
     kept = load_file(tmp_path / "step_000002/params.safetensors")
     exported = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert all(torch.equal(exported["base_model.model." + name], tensor) for name, tensor in kept.items())
+
+
+def test_a_chosen_template_and_added_tokens_go_with_the_adapter(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """ChatML's tokens are added; a second run continues from the adapter alone and passes tokenizer and template on."""
+    chatml = ("data.chat_template=chatml", "lora.new_tokens=['<|im_start|>','<|im_end|>']")
+    recipe.main(options(small_model, chat_data, tmp_path / "a", *chatml))
+    first = tmp_path / "a/adapter"
+    assert "<|im_start|>" in (first / "chat_template.jinja").read_text()
+    recipe.main(options(small_model, chat_data, tmp_path / "b", f"lora.adapter={first}", "run.max_steps=2"))
+    assert (tmp_path / "b/adapter/chat_template.jinja").read_bytes() == (first / "chat_template.jinja").read_bytes()
+    assert load_tokenizer(tmp_path / "b/adapter").special_tokens["<|im_end|>"] == load_tokenizer(small_model).vocab_size + 1
+
+
+def test_ids_beyond_the_model_are_refused_by_name(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """A tokenizer that knows a token more than the model has rows for."""
+    copy = tmp_path / "model"
+    shutil.copytree(small_model, copy)
+    tokenizer = load_tokenizer(small_model)
+    tokenizer.add_tokens(["<|start|>!"], "<|start|>!")
+    tokenizer.save(copy)
+    config = json.loads((copy / "config.json").read_text())
+    assert config["vocab_size"] == load_tokenizer(copy).vocab_size - 1
+    (copy / "template.jinja").write_text("{{ '<|start|>!' }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    with pytest.raises(UserError, match="writes the id"):
+        recipe.main(options(copy, chat_data, tmp_path / "out", f"data.chat_template={copy / 'template.jinja'}"))
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    recipe.main(options(small_model, chat_data, tmp_path))
+    with pytest.raises(UserError, match="raise run.max_steps"):
+        recipe.main(options(small_model, chat_data, tmp_path, "run.max_steps=3", "run.resume=auto"))

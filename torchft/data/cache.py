@@ -3,7 +3,7 @@
 Files lie in $XDG_CACHE_HOME/torchft/tokens (~/.cache without it), one safetensors file per key. The key is a hash of
 all that decides the tokens: the data's bytes, the tokenizer's files and added tokens, the chat template's text, the
 source of this folder, the versions of the libraries that tokenise, and every option. So a stale file is never found,
-only no file (PITFALLS T11). A file is written beside its name and renamed, and its arrays are hashed again when they
+only no file. A file is written beside its name and renamed, and its arrays are hashed again when they
 are read. Deleting the folder is always safe.
 """
 

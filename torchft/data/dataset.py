@@ -255,15 +255,19 @@ def build_datasets(
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(training part, held-out part) of a dataset: a random share of its samples, the same for the same seed.
+    """(training part, held-out part) of a dataset: a random share of its rows, the same for the same seed.
+
+    Rows, not samples: the pieces of one long text stay on one side.
 
     Raises: UserError if either part would be empty.
     """
-    count = round(fraction * len(dataset))
-    if not 0 < count < len(dataset):
+    _, row = np.unique(np.stack([dataset.source, dataset.row]), axis=1, return_inverse=True)  # (S,) number of its row
+    num_rows = int(row.max()) + 1
+    count = round(fraction * num_rows)
+    if not 0 < count < num_rows:
         raise UserError(
-            f"data.valid_fraction: {fraction} of {len(dataset)} samples is {count}: one part would be empty; "
+            f"data.valid_fraction: {fraction} of {num_rows} rows is {count}: one part would be empty; "
             f"change it, or name a file in data.valid"
         )
-    order = shuffled(len(dataset), seed, HOLD_OUT)
-    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+    held_out = np.isin(row, shuffled(num_rows, seed, HOLD_OUT)[:count])  # (S,)
+    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))

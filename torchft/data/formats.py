@@ -74,7 +74,7 @@ def split_answer(example: Example) -> tuple[list[dict[str, Any]], str]:
 
 
 def _text(values: dict[str, Any], column: str) -> str:
-    """A cell that must hold text (PITFALLS T9: a null never becomes the word None)."""
+    """A cell that must hold text: a null never becomes the word None."""
     if column not in values:
         raise BadRow(f'no "{column}"')
     text = values[column]

@@ -150,7 +150,7 @@ def eval_batches(
     """Every example once, in a fixed order; equally many batches on every process, empty ones at the end where need be.
 
     The loss over the set is the sum of the batches' losses over the sum of their `num_supervised`, over all processes:
-    it depends neither on micro_batch_size nor on the number of processes (PITFALLS L5). Weights of sources do not count
+    it depends neither on micro_batch_size nor on the number of processes. Weights of sources do not count
     here.
     """
     rows = plan_rows(dataset.lengths, seed=0, epoch=0, max_seq_len=data_cfg.max_seq_len, packing=data_cfg.packing)

@@ -1,0 +1,41 @@
+"""Whether data, tokenizer and model belong together: what would else be an index error, or a model that never learns to stop."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from torchft.data.dataset import Dataset
+from torchft.data.tokenizer import Tokenizer
+from torchft.errors import UserError
+from torchft.modules.transformer import CausalLM, TransformerConfig
+from torchft.modules.vocab import untrained_rows
+
+
+def check_ids(dataset: Dataset, config: TransformerConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError, naming the token, if the data holds an id for which the model has no row."""
+    largest = int(dataset.ids.max())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{dataset.key}: the tokenizer of {tokenizer.path} writes the id {largest} "
+            f"({tokenizer.decode([largest], skip_special=False)!r}), but the model has {config.vocab_size:,} rows: "
+            "tokenizer and config.json are of two models, or a token was added without lora.new_tokens"
+        )
+
+
+def warn_of_misfits(
+    model: CausalLM, dataset: Dataset, tokenizer: Tokenizer, max_seq_len: int, say: Callable[[str], None]
+) -> None:
+    """Says what is allowed and seldom meant: rows longer than the model has seen, control tokens that it never has.
+
+    `model` has its base weights. Tokens added in this run are left out: their rows are fresh on purpose.
+    """
+    limit = model.config.max_position_embeddings
+    if max_seq_len > limit:
+        say(f"WARNING: data.max_seq_len={max_seq_len} is beyond the {limit} positions that the model was trained on")
+    used = set(np.unique(dataset.ids).tolist()) & tokenizer.control_ids - set(tokenizer.added_ids)
+    if untrained := untrained_rows(model, sorted(used)) if used else []:
+        names = ", ".join(tokenizer.decode([token], skip_special=False) for token in untrained)
+        say(
+            f"WARNING: the model seems never to have been trained on {names}, which the chat template writes. Train the "
+            "tables too (lora.modules_to_save=[embed_tokens,lm_head]) or choose another data.chat_template"
+        )
