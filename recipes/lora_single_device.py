@@ -120,9 +120,9 @@ def main(cfg: Config) -> None:
     samples, scored = (first_conversations(valid, template, n) for n in (run.sample_rows, run.exact_match_rows))
 
     # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
-    state = {}
+    state, fingerprints = {}, {"data": train.fingerprint, "valid": valid.fingerprint if valid else None}
     if checkpoint:
-        state = load_checkpoint(checkpoint, params=params, optimizer=optimizer, unchanged={"data": train.fingerprint})
+        state = load_checkpoint(checkpoint, params=params, optimizer=optimizer, unchanged=fingerprints)
     first_step = state.get("step", 0) + 1
     length = {"total_steps": loader.total_steps, "steps_per_epoch": loader.steps_per_epoch(0), "start_step": first_step - 1}
     log.begin(**length, state=state.get("log"), flops_per_token=flops_per_token(model, cfg.data.max_seq_len))
@@ -166,7 +166,7 @@ def main(cfg: Config) -> None:
         improved = run.keep_best and valid_loss is not None and valid_loss < best_loss
         if last or improved or stopping or (run.save_every and step % run.save_every == 0):
             with log.paused():
-                state = {"data": train.fingerprint, "log": log.state()}
+                state = fingerprints | {"log": log.state()}
                 kept = {"keep_last": run.keep_last, "valid_loss": valid_loss if run.keep_best else None}
                 save_checkpoint(out, step, params=params, optimizer=optimizer, state=state, config=asdict(cfg), **kept)
             best_loss = valid_loss if improved else best_loss

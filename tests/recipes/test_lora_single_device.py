@@ -236,3 +236,18 @@ def test_a_checkpoint_beyond_the_end_is_refused(small_model: Path, chat_data: Pa
     recipe.main(options(small_model, chat_data, tmp_path))
     with pytest.raises(UserError, match="raise run.max_steps"):
         recipe.main(options(small_model, chat_data, tmp_path, "run.max_steps=3", "run.resume=auto"))
+
+
+def test_changed_data_is_not_resumed(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """Neither other training rows nor other validation rows, though their paths are the same."""
+    copies = {name: tmp_path / f"{name}.jsonl" for name in ("train", "valid")}
+    for file in copies.values():
+        shutil.copyfile(chat_data, file)
+    more = (f"data.valid={copies['valid']}", "run.resume=auto", "run.max_steps=1")
+    recipe.main(options(small_model, copies["train"], tmp_path / "out", *more))
+    for name, file in copies.items():
+        whole = file.read_text()
+        file.write_text("".join(whole.splitlines(keepends=True)[1:]))
+        with pytest.raises(UserError, match=f"another {'data' if name == 'train' else name} "):
+            recipe.main(options(small_model, copies["train"], tmp_path / "out", *more))
+        file.write_text(whole)
