@@ -45,7 +45,7 @@ def main(cfg):
         dist.all_reduce(total)
         dist.barrier()
         dist.destroy_process_group()
-    print(f"rank {rank()} sums {total.item():.0f}, seed {cfg.run.seed}", flush=True)
+    print(f"rank {rank()} sums {total.item():.0f}, seed {cfg.run.seed}\\n", end="", flush=True)  # one write: ranks share the pipe
 
 
 if __name__ == "__main__":
