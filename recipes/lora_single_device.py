@@ -72,8 +72,8 @@ def evaluate(model: CausalLM, batches: Iterable[Batch], device: torch.device) ->
 def show(answers: list[Answer], log: RunLogger) -> None:
     """A few answers below their prompts, and what was expected where it is something else."""
     for answer in answers:
-        right = answer.answer.strip() == answer.expected.strip()
-        log.print(f"  prompt    {answer.prompt}\n  answer    {answer.answer}" + (" (right)" if right else f"\n  expected  {answer.expected}"))
+        verdict = " (right)" if answer.right else f"\n  expected  {answer.expected}"
+        log.print(f"  prompt    {answer.prompt}\n  answer    {answer.answer}{verdict}")
 
 
 def main(cfg: Config) -> None:
@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     train, valid = build_datasets(cfg.data, tokenizer, template, run.seed)
-    check_ids(train, model.config, tokenizer)
+    check_ids(model.config, tokenizer, train, valid)
     warn_of_misfits(model, train, tokenizer, cfg.data.max_seq_len, log.print)
     loader = Loader(train, cfg.data, run)
     log.print(loader.summary())

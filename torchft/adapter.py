@@ -20,7 +20,7 @@ from torchft.config import LoraOptions
 from torchft.errors import UserError
 from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import nf4
-from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, init_lora, add_lora, lora_layers, matches
+from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
 from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter

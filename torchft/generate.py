@@ -157,6 +157,11 @@ class Answer(NamedTuple):
     answer: str
     expected: str
 
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the expected one, blanks at the ends aside."""
+        return self.answer.strip() == self.expected.strip()
+
 
 def first_conversations(dataset: Dataset | None, template: ChatTemplate | None, count: int) -> list[Example]:
     """The first `count` examples that a model can be asked; none of no dataset, and plain texts have no answers."""
@@ -204,7 +209,7 @@ def exact_match(
     """Share of examples whose greedy answer is the expected one, blanks at the ends aside (0 of none is 0)."""
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     answers = answer_examples(model, tokenizer, template, examples, **options)
-    hits = sum(answer.answer.strip() == answer.expected.strip() for answer in answers)
+    hits = sum(answer.right for answer in answers)
     return hits / max(1, len(answers)), answers
 
 

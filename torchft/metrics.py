@@ -85,7 +85,6 @@ class RunLogger:
         self._interval.loss_sum.fill_(state["loss_sum"])
         self._interval.supervised = state["supervised"]
         with self._writing():
-            self._out.mkdir(parents=True, exist_ok=True)
             set_aside(self._out, start_step, self.print)
             cut_log(self._out / "log.jsonl", start_step)
             replace_bytes(self._out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._config)).encode())
