@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchft.modules import nf4
+from torchft.modules.sharding import divided_like, local, place, whole
 
 NORM_ROWS = 1024  # rows of DoRA's norm computed at once: bounds its two fp32 temporaries to rows x in
 
@@ -99,8 +100,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()  # section 4.3 of the DoRA paper: the norm is a constant in backward
     def row_norms(self) -> Tensor:
         """||W0 + s B A|| of each output row, (out,) fp32."""
-        weight = nf4.dequantize(self.weight) if isinstance(self.weight, nf4.NF4Tensor) else self.weight
-        a = self.lora_A.weight
+        weight, a = _dense(self.weight), self.lora_A.weight
         rows = zip(weight.split(NORM_ROWS), self.lora_B.weight.split(NORM_ROWS), strict=True)
         return torch.cat([torch.linalg.vector_norm(w.float() + self.scale * (b @ a), dim=1) for w, b in rows])
 
@@ -206,10 +206,12 @@ def init_lora(model: nn.Module, generator: torch.Generator) -> None:
         assert device.type != "meta", "init_lora before the weights are loaded"
         a = torch.empty(layer.lora_A.weight.shape, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        layer.lora_A.weight = nn.Parameter(a.to(device))
-        layer.lora_B.weight = nn.Parameter(torch.zeros(layer.lora_B.weight.shape, dtype=torch.float32, device=device))
+        place(layer.lora_A, "weight", a.to(device))
+        place(layer.lora_B, "weight", torch.zeros(layer.lora_B.weight.shape, dtype=torch.float32, device=device))
         if layer.lora_magnitude_vector is not None:
-            layer.lora_magnitude_vector = nn.Parameter(layer.row_norms())
+            rows = _dense(local(layer.weight)).split(NORM_ROWS)  # of those that this process holds; B is zero
+            norms = torch.cat([torch.linalg.vector_norm(row.float(), dim=1) for row in rows])
+            place(layer, "lora_magnitude_vector", whole(divided_like(norms, layer.weight)))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -246,11 +248,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+def _dense(weight: Tensor) -> Tensor:
+    return nf4.dequantize(weight) if isinstance(weight, nf4.NF4Tensor) else weight
+
+
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
     """The one dense weight (out, in) that does what base and adapter do together, in fp32; the caller rounds it."""
-    weight = nf4.dequantize(layer.weight) if isinstance(layer.weight, nf4.NF4Tensor) else layer.weight
-    merged = weight.float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
+    merged = _dense(layer.weight).float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
     if layer.lora_magnitude_vector is not None:
         merged *= (layer.lora_magnitude_vector / layer.row_norms()).unsqueeze(1)
     return merged

@@ -44,6 +44,7 @@ with quiet_import():
 
 BLOCK_SIZE = 64  # weights per scale
 SCALER_BLOCK_SIZE = 256  # scales per scale of scales
+BYTES = 0.5 + 1 / BLOCK_SIZE + 4 / (BLOCK_SIZE * SCALER_BLOCK_SIZE)  # per weight
 DIVISOR = BLOCK_SIZE * SCALER_BLOCK_SIZE  # 16,384: a tensor holds whole scaler blocks, or it cannot be NF4
 CHUNK_BYTES = 2**20  # codes decoded at once without a compiler: bounds the int32 index to 4 MiB
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.modules.sharding import cut, local, rows_held, whole
 from torchft.modules.transformer import CausalLM
 
 PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # PEFT's short name -> ours
@@ -129,9 +130,11 @@ def init_new_rows(model: CausalLM, new_rows: range, generator: torch.Generator) 
     """
     for weight in _end_weights(model):
         assert 0 < new_rows.start < new_rows.stop <= weight.shape[0], (new_rows, tuple(weight.shape))
-        old = weight[: new_rows.start].float()
+        table = whole(weight)  # the weight itself unless it is divided
+        old = table[: new_rows.start].float()
         noise = torch.randn(len(new_rows), weight.shape[1], generator=generator).to(weight.device)
-        weight[new_rows.start : new_rows.stop] = (old.mean(0) + NEW_ROW_SPREAD * old.std(0) * noise).to(weight.dtype)
+        table[new_rows.start : new_rows.stop] = (old.mean(0) + NEW_ROW_SPREAD * old.std(0) * noise).to(weight.dtype)
+        weight.copy_(cut(table, weight))
 
 
 @torch.no_grad()
@@ -142,8 +145,9 @@ def freeze_old_rows(model: CausalLM, new_rows: range) -> None:
     """
     for weight in _end_weights(model):
         if weight.grad is not None:
-            weight.grad[: new_rows.start] = 0
-            weight.grad[new_rows.stop :] = 0
+            first, grad = rows_held(weight).start, local(weight.grad)
+            grad[: max(0, new_rows.start - first)] = 0
+            grad[max(0, new_rows.stop - first) :] = 0
 
 
 def _end_weights(model: CausalLM) -> list[nn.Parameter]:
@@ -160,7 +164,7 @@ def untrained_rows(model: CausalLM, token_ids: list[int]) -> list[int]:
     For the control tokens of a chat template: a base model has rows for them, but may never have seen them (Llama 3's
     reserved tokens). Ordinary is between half the 1st and twice the 99th percentile of all rows' norms.
     """
-    norms = torch.linalg.vector_norm(model.model.embed_tokens.weight, dim=1, dtype=torch.float32)
+    norms = whole(torch.linalg.vector_norm(model.model.embed_tokens.weight, dim=1, dtype=torch.float32))
     low, high = torch.quantile(norms, torch.tensor([0.01, 0.99], device=norms.device)).tolist()
     chosen = norms[token_ids].tolist()
     return [token for token, norm in zip(token_ids, chosen, strict=True) if not low / 2 <= norm <= high * 2]

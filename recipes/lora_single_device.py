@@ -78,7 +78,7 @@ def show(answers: list[Answer], log: RunLogger) -> None:
 
 def main(cfg: Config) -> None:
     """Train one adapter; all files go to cfg.run.out. Raises UserError for what a user can get wrong."""
-    require_single_process("lora_single_device")
+    require_single_process("lora_single_device", cfg.model)
     run, out = cfg.run, Path(cfg.run.out)
     device = setup_device(run.seed, run.deterministic)
     generator = torch.Generator().manual_seed(run.seed)  # on the CPU: one seed gives one adapter on every device
@@ -137,8 +137,7 @@ def main(cfg: Config) -> None:
     # ---- Loop. A step's loss is the sum over its supervised tokens divided by their number, however it is cut into batches.
     stop = StopSignal()  # from here on there is something to save
     for step in range(first_step, loader.total_steps + 1):
-        batches = loader.step(step - 1)
-        supervised = sum(batch.num_supervised for batch in batches)
+        batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         loss = torch.zeros((), device=device)
         for batch in batches:
             micro_loss = batch_loss(model, batch.to(device))
@@ -151,7 +150,6 @@ def main(cfg: Config) -> None:
         set_lr(optimizer, lr)
         step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
         optimizer.zero_grad()
-        tokens = sum(batch.num_tokens for batch in batches)
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from torchft.config import RunConfig
-from torchft.distributed import rank, world_size
+from torchft.ranks import rank, world_size
 from torchft.modules.feed_forward import FeedForward
 from torchft.parse import parse
 
@@ -61,7 +61,7 @@ import time
 from dataclasses import dataclass, field
 
 from torchft.config import RunConfig
-from torchft.distributed import rank
+from torchft.ranks import rank
 from torchft.errors import UserError
 from torchft.parse import parse
 

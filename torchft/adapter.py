@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from torchft.atomic import write_bytes
 from torchft.config import LoraOptions
+from torchft.distributed import from_main
 from torchft.errors import UserError
 from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import nf4
 from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
+from torchft.modules.sharding import cut, local, place, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
 from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter
+from torchft.ranks import rank
 from torchft.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -113,16 +116,23 @@ def save_adapter(
         spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
     whole = trained_modules(model)
     fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model))
-    quantized = any(isinstance(layer.weight, nf4.NF4Tensor) for layer in layers.values())
+    quantized = any(isinstance(local(layer.weight), nf4.NF4Tensor) for layer in layers.values())
     # PEFT has no field for how the base was stored, but merging must know what the adapter was trained on.
     base_dtype = str(next(iter(layers.values())).weight.dtype).removeprefix("torch.")
     metadata = {"format": "pt", "base_dtype": base_dtype, "base_quantization": "nf4" if quantized else "none"}
-    tensors = {PREFIX + name: param.detach().to("cpu", copy=True) for name, param in adapter_tensors(model).items()}
+    tensors = {PREFIX + name: _on_cpu(param) for name, param in adapter_tensors(model).items()}
+    if rank() > 0:
+        return
     with export_directory(Path(path), replace=replace_existing) as folder:
         write_bytes(folder / WEIGHTS, safetensors_bytes(tensors, metadata))
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
             _save_text(folder, tokenizer, template, Path(base_path))
+
+
+def _on_cpu(param: nn.Parameter) -> Tensor:
+    """A copy of all of a parameter."""
+    return whole(param.detach()).to("cpu", copy=True)
 
 
 def _save_text(folder: Path, tokenizer: "Tokenizer", template: "ChatTemplate | None", base: Path) -> None:
@@ -185,16 +195,14 @@ def load_adapter(model: CausalLM, path: str | Path) -> int:
     Raises:
         UserError: the file is damaged, or a tensor is missing, unexpected or misshapen. The model is then untouched.
     """
-    tensors = read_tensors(model, Path(path))
-    for layer in lora_layers(model).values():
-        for module in (layer.lora_A, layer.lora_B):
-            if module.weight.is_meta:
-                module.to_empty(device=layer.weight.device)
-        magnitude = layer.lora_magnitude_vector
-        if magnitude is not None and magnitude.is_meta:
-            layer.lora_magnitude_vector = nn.Parameter(torch.empty_like(magnitude, device=layer.weight.device))
+    tensors, device = read_tensors(model, Path(path)), model.model.norm.weight.device
     for name, param in adapter_tensors(model).items():
-        param.copy_(tensors[name])
+        value = tensors[name].to(device, param.dtype)
+        if param.is_meta:
+            module, _, leaf = name.rpartition(".")
+            place(model.get_submodule(module), leaf, value)
+        else:  # trained whole, and perhaps one with another
+            param.copy_(cut(value, param))
     return len(tensors)
 
 
@@ -260,14 +268,17 @@ class AdapterCheck:
 def verify_adapter(model: CausalLM, spec: LoraSpec, path: str | Path) -> AdapterCheck:
     """Read a saved adapter back and hold it against the live one: config, every tensor, and logits on random tokens.
 
+    Every process of the run must call it: one reads, and the model is asked on all.
+
     Raises:
         UserError: anything differs, so that what is on the disk is not what was trained.
     """
     folder, whole = Path(path), trained_modules(model)
-    config, tensors, live = read_adapter(folder), read_tensors(model, folder), adapter_tensors(model)
+    config, tensors = from_main(lambda: (read_adapter(folder), read_tensors(model, folder)))
+    live = adapter_tensors(model)
     _compare_config(folder / CONFIG, config, model, spec)
     for name, param in live.items():
-        if not torch.equal(tensors[name], param.cpu()):
+        if not torch.equal(tensors[name], _on_cpu(param)):
             file = folder / WEIGHTS
             raise UserError(f"{file}: {name} is not what was trained; the disk may be failing: save elsewhere")
 
@@ -301,17 +312,17 @@ def _compare_config(file: Path, config: AdapterConfig, model: CausalLM, spec: Lo
 def _swapped(model: CausalLM, tensors: dict[str, Tensor], scale: float) -> Iterator[None]:
     """The adapter with these tensors and this scale for the length of a `with`."""
     live, layers = adapter_tensors(model), lora_layers(model).values()
-    before = {name: param.to("cpu", copy=True) for name, param in live.items()}
+    before = {name: _on_cpu(param) for name, param in live.items()}
     scales = [layer.scale for layer in layers]
     try:
         for name, param in live.items():
-            param.copy_(tensors[name])
+            param.copy_(cut(tensors[name], param))
         for layer in layers:
             layer.scale = scale
         yield
     finally:
         for name, param in live.items():
-            param.copy_(before[name])
+            param.copy_(cut(before[name], param))
         for layer, own in zip(layers, scales, strict=True):
             layer.scale = own
 

@@ -7,7 +7,8 @@
                        manifest.json          step, validation loss, size and sha256 of each file (atomic.py)
 
 The base weights are not in it: they are read from the model directory again. Nothing is pickled. A kill loses at most
-`run.save_every` steps. Left out: sharded parameters, saving in the background.
+`run.save_every` steps. On several processes the first one writes and reads, tensors are whole in the files, and so a
+run may go on with another number of them. Left out: saving in parts, as models trained whole need it, and in the background.
 """
 
 import json
@@ -26,16 +27,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchft.atomic import atomic_directory, write_bytes
+from torchft.distributed import from_all, from_main
 from torchft.errors import UserError
+from torchft.modules.sharding import cut, whole
 from torchft.optimizer_state import flatten_optimizer, get_rng_state, plain_name, set_rng_state, unflatten_optimizer
+from torchft.ranks import rank, world_size
 from torchft.redact import redact
 from torchft.run_dir import FORMAT, checkpoint_path, checkpoints, leftovers, prune, remove_leftovers, verify_checkpoint
 
 # What a continued run may change: how long, how often, where to, how fast. The data, the model and the adapter stay.
 MAY_CHANGE = re.compile(
-    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload_activations)|data\.max_bad_rows"
+    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload_activations|shard)|data\.max_bad_rows"
 )
 MUST_STAY = ("optim.name", "run.seed", "run.global_batch_size")
+TENSOR_FILES = ("params", "optimizer", "rng")
 NOT_SAID = ("run.resume",)  # differs whenever a run is continued
 
 
@@ -57,19 +62,22 @@ def save_checkpoint(
     older checkpoints are untouched then.
     """
     out = Path(out)
+    final = checkpoint_path(out, step)
     optimizer_tensors, signed = flatten_optimizer(optimizer, params)
-    rng_tensors, rng_values = get_rng_state()
+    generators = from_all(get_rng_state())
     files = {
-        "params.safetensors": {plain_name(name): param.detach() for name, param in params.items()},
+        "params.safetensors": {plain_name(name): whole(param.detach()) for name, param in params.items()},
         "optimizer.safetensors": optimizer_tensors,
-        "rng.safetensors": rng_tensors,
+        "rng.safetensors": {f"{n}/{name}": state for n, (states, _) in enumerate(generators) for name, state in states.items()},
     }
+    if rank() > 0:
+        return final
     values = {
         "state": state,
         "config": redact(config),
         "optimizer": type(optimizer).__name__,
         "signed": signed,
-        "rng": rng_values,
+        "rng": [numbers for _, numbers in generators],
     }
     text = json.dumps(values, indent=1, allow_nan=False).encode()
     finite = valid_loss is not None and math.isfinite(valid_loss)
@@ -77,7 +85,6 @@ def save_checkpoint(
     needed_bytes = len(text) + sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
 
     remove_leftovers(out)
-    final = checkpoint_path(out, step)
     with atomic_directory(final, facts, needed_bytes) as folder:
         for name, tensors in files.items():
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
@@ -101,8 +108,7 @@ def load_checkpoint(
     has been changed then.
     """
     path = Path(path)
-    manifest = verify_checkpoint(path)
-    values = _read_state(path)
+    step, values, tensors = from_main(lambda: _read_checkpoint(path))
     for name, now in unchanged.items():
         then = values["state"].get(name)
         if then != now:
@@ -112,17 +118,22 @@ def load_checkpoint(
             )
     if values["optimizer"] != type(optimizer).__name__:
         raise UserError(f"{path} was saved with the optimizer {values['optimizer']}: optim.name must stay what it was")
-    saved = _read_tensors(path / "params.safetensors")
-    _check_params(path, saved, {plain_name(name): param for name, param in params.items()})
-    # Copies: on CPU, what is read are the file's own pages, and AdamW writes into its state.
-    moments = {name: tensor.clone() for name, tensor in _read_tensors(path / "optimizer.safetensors").items()}
-    generators = _read_tensors(path / "rng.safetensors")
-    unflatten_optimizer(optimizer, params, moments, values["signed"])
+    _check_params(path, tensors["params"], {plain_name(name): param for name, param in params.items()})
+    unflatten_optimizer(optimizer, params, tensors["optimizer"], values["signed"])
     with torch.no_grad():
         for name, param in params.items():
-            param.copy_(saved[plain_name(name)])
-    set_rng_state(generators, values["rng"])
-    return values["state"] | {"step": manifest["step"]}
+            param.copy_(cut(tensors["params"][plain_name(name)], param))
+    if len(values["rng"]) == world_size():  # else each process goes on with its own: dropout draws other masks
+        mine = f"{rank()}/"
+        states = {name.removeprefix(mine): state for name, state in tensors["rng"].items() if name.startswith(mine)}
+        set_rng_state(states, values["rng"][rank()])
+    return values["state"] | {"step": step}
+
+
+def _read_checkpoint(path: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Step, state.json, and the tensors of each file by its first name; verified first."""
+    step = verify_checkpoint(path)["step"]
+    return step, _read_state(path), {name: _read_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -134,7 +145,8 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        # Copies: on CPU, what is read are the file's own pages, and AdamW writes into its state.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -158,7 +170,10 @@ def find_checkpoint(
     `resume`: never; auto (the newest in `out` that verifies, else a fresh start); or a checkpoint directory, which must
     verify. Raises UserError where that one does not, or where `config` differs in what a continued run must keep.
     """
-    out = Path(out)
+    return from_main(lambda: _find_checkpoint(Path(out), resume, config, say))
+
+
+def _find_checkpoint(out: Path, resume: str, config: dict[str, Any], say: Callable[[str], None]) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":

@@ -83,6 +83,9 @@ def _check_model(values: dict[str, Any]) -> Problems:
         problems.append(
             ("model.activation_checkpointing", f"is {show(mode)}; write none, full or every_<n>, such as every_2")
         )
+    shard = values.get("model.shard", "auto")
+    if shard not in ("auto", "all") and not re.fullmatch(r"[1-9][0-9]{0,5}", shard):
+        problems.append(("model.shard", f"is {show(shard)}; write auto, all or a number of processes, such as 8"))
     if values.get("model.path") == "":
         problems.append(
             (

@@ -21,6 +21,7 @@ class ModelConfig:
     activation_checkpointing: str = "none"  # none | full | every_<n>: recompute every n-th block in backward
     offload_activations: bool = False  # keep the checkpointed block inputs in CPU memory
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off
+    shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from torchft.distributed import rank
+from torchft.ranks import rank
 from torchft.errors import ConfigError, UserError
 
 MODELS = (Path(__file__).parent / "models").resolve()

@@ -10,6 +10,7 @@ import torch
 from torchft.errors import UserError
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.transformer import CausalLM
+from torchft.ranks import rank
 
 
 def setup_device(seed: int, deterministic: bool) -> torch.device:
@@ -18,6 +19,7 @@ def setup_device(seed: int, deterministic: bool) -> torch.device:
     `deterministic`: a resumed run repeats an uninterrupted one bit for bit on a GPU too, at some speed; on the CPU it does so
     anyway. cuBLAS reads its variable when it is first used, which is after this.
     """
+    seed += rank()  # each process draws its own dropout masks
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

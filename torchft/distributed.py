@@ -1,38 +1,140 @@
-"""Which process this is: the rank variables that torchrun sets. The one place that reads the environment for them."""
+"""What the processes of a run do together: join, divide the model, and tell each other a few things.
 
-import os
+On one process without `join_processes` the questions at the end answer for that process alone. Under torchrun (`tune run --nproc_per_node 4`)
+`join_processes` opens two groups: the default one, for tensors on the devices, and one over gloo for what is on the hosts,
+whose patience is long, because tokenising or downloading on one process may take hours.
+"""
 
-from torchft.errors import UserError
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchft.config import ModelConfig
+from torchft.errors import ConfigError, UserError
+from torchft.modules import nf4
+from torchft.modules.sharding import ShardReport, shard_model
+from torchft.modules.transformer import CausalLM
+from torchft.ranks import local_rank, rank, world_size
+
+T = TypeVar("T")
+HOST_TIMEOUT = timedelta(hours=24)  # a failed process ends the others at once, by way of the launcher
+FITS = 0.4  # share of a GPU's memory that a frozen base held whole may take
 
 
-def rank() -> int:
-    """This process's number over all nodes, 0 where nothing launched it."""
-    return _environment_number("RANK", 0)
-
-
-def local_rank() -> int:
-    """This process's number on its node, which is also its GPU's."""
-    return _environment_number("LOCAL_RANK", 0)
-
-
-def world_size() -> int:
-    """Number of processes over all nodes."""
-    return _environment_number("WORLD_SIZE", 1)
-
-
-def require_single_process(recipe: str) -> None:
-    """Raises UserError on several processes, of which each would train alone and write the same files."""
+def require_single_process(recipe: str, cfg: ModelConfig) -> None:
+    """Raises UserError on several processes, of which each would train alone, and for an option that needs them."""
+    twin = recipe.replace("single_device", "distributed")
     if world_size() > 1:
-        twin = recipe.replace("single_device", "distributed")
         raise UserError(
             f"{recipe} runs on one process, not on {world_size()}: leave out --nproc_per_node, or run {twin}"
         )
-
-
-def _environment_number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(
-            f"the environment variable {name} is {text!r}, not a number; unset it, or start with `tune run`"
+    if cfg.shard != "auto":
+        raise ConfigError(
+            f"model.shard={cfg.shard} divides weights over processes, and {recipe} is one: remove it, or run {twin}"
         )
-    return int(text)
+
+
+def join_processes() -> None:
+    """Open the process groups, and take this process's GPU. Raises UserError where there are more processes than GPUs."""
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node starts more processes than this machine has GPUs ({torch.cuda.device_count()})"
+            )
+        torch.cuda.set_device(local_rank())
+    store = {} if world_size() > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **store)
+    _host_group.append(dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+
+
+def leave_processes() -> None:
+    """Meet all others, then close the groups: leaving while another still talks can abort it."""
+    dist.barrier(_host_group[0])
+    _host_group.clear()
+    dist.destroy_process_group()
+
+
+_host_group: list[dist.ProcessGroup] = []  # one, between join_processes and leave_processes
+
+
+def divide(model: CausalLM, cfg: ModelConfig, device: torch.device) -> ShardReport:
+    """Divide a model on meta as `model.shard` says: over all processes, over groups of n of them, or by what fits.
+
+    auto: a frozen base that takes at most 40% of the GPU stays whole on each process, else (and on CPUs, which share one
+    memory) it is divided over all. Raises ConfigError where n does not divide the number of processes.
+    """
+    world = world_size()
+    parts = int(cfg.shard) if cfg.shard.isdecimal() else world
+    if world % parts:
+        raise ConfigError(f"model.shard={parts} does not divide {world} processes: use a divisor of it, all or auto")
+    base_whole = parts == 1 or (cfg.shard == "auto" and device.type == "cuda" and _fits(model, cfg, device))
+    parts = world if base_whole else parts
+    shape, names = ((world,), ("shard",)) if parts == world else ((world // parts, parts), ("copies", "shard"))
+    return shard_model(model, init_device_mesh(device.type, shape, mesh_dim_names=names), base_whole=base_whole)
+
+
+def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
+    dense_bytes = getattr(torch, cfg.dtype).itemsize
+    frozen = [param for param in model.parameters() if not param.requires_grad]
+    sizes = [param.numel() * (nf4.BYTES if isinstance(param, nf4.NF4Tensor) else dense_bytes) for param in frozen]
+    return sum(sizes) <= FITS * torch.cuda.get_device_properties(device).total_memory
+
+
+def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a device tensor over all processes, in place."""
+    dist.all_reduce(value)
+    return value
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is so on any process; all of them must ask. Waits for the hosts, not for the devices."""
+    flags = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_host_group[0])
+    return bool(flags.item())
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """`make()` of process 0 on all processes; a UserError that it raises there is raised on all."""
+    if not _host_group:
+        return make()
+    result: list = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = make()
+        except UserError as error:
+            result[1] = error
+    dist.broadcast_object_list(result, src=0, group=_host_group[0])
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def main_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Process 0's values in the tensor of every process, in place; all have its shape."""
+    if _host_group:
+        dist.broadcast(value, src=0)
+    return value
+
+
+def from_all(value: T) -> list[T]:
+    """Every process's value, by rank."""
+    values = [value]
+    if _host_group:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value, group=_host_group[0])
+    return values
+
+
+@contextmanager
+def node_leader_first() -> Iterator[None]:
+    """The block runs on the first process of each node, then on the others, which find in a cache what it made."""
+    if local_rank() > 0:
+        dist.barrier(_host_group[0])
+    yield
+    if local_rank() == 0 and _host_group:
+        dist.barrier(_host_group[0])

@@ -25,6 +25,7 @@ from torchft.data.formats import Example, split_answer
 from torchft.data.tokenize import render_prompt
 from torchft.data.tokenize import stop_ids as template_stop_ids
 from torchft.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from torchft.distributed import main_tensor
 from torchft.errors import UserError
 from torchft.models import build_model, read_config
 from torchft.modules.nf4 import quantize_nf4
@@ -62,7 +63,8 @@ def generate(
     temperature 0 takes the likeliest token, and the result is that of decoding each prompt alone and without a cache;
     above it, tokens are drawn from the smallest set that holds `top_p` of the probability, from a generator seeded with
     `seed` (the global random state is not touched). `on_token(row, token)` is called as tokens come.
-    Blocks that are compiled run uncompiled in here: every step has another shape.
+    Blocks that are compiled run uncompiled in here: every step has another shape. Every process of a run whose model is
+    divided must call it with the same prompts; the first one's choices hold.
 
     Raises:
         UserError: a prompt is empty or holds an id beyond the vocabulary, or an option is out of range.
@@ -79,7 +81,7 @@ def generate(
         logits, cache, position = _read_prompts(model, prompts, max_new_tokens)
         text = torch.ones_like(position)  # the document id of everything that is not padding
         while running:
-            chosen = _pick(logits, temperature, top_p, generator)  # (B,)
+            chosen = main_tensor(_pick(logits, temperature, top_p, generator))  # (B,)
             _take(chosen.tolist(), replies, running, stop_ids, on_token)
             running -= {row for row in running if len(replies[row]) == max_new_tokens}
             if running:

@@ -2,7 +2,8 @@
 
 Between log steps only device tensors are added up; the device is waited for once per log step. Every record begins
 with the fields that a resumed run repeats bit for bit (DETERMINISTIC_FIELDS); timings follow. Everything printed or
-written goes through redact.py. Left out: several processes (the recipe logs on one of them).
+written goes through redact.py. Of several processes the first prints and writes; figures are those of the whole run, but
+for memory, which is the first one's.
 """
 
 import json
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from torchft.atomic import replace_bytes
 from torchft.config import RunConfig
 from torchft.errors import UserError
+from torchft.ranks import rank, world_size
 from torchft.redact import redact, redact_text
 from torchft.run_dir import set_aside
 from torchft.throughput import peak_flops, peak_memory_gib
@@ -41,9 +43,11 @@ class RunLogger:
         self._out = Path(run.out)
         self._config = redact(config)
         self._device = device
-        self._trackers = Trackers(run)
+        self._writes = rank() == 0
+        self._trackers = Trackers(run if self._writes else RunConfig())
         try:
-            self._out.mkdir(parents=True, exist_ok=True)  # now: not after a model was loaded
+            if self._writes:
+                self._out.mkdir(parents=True, exist_ok=True)  # now: not after a model was loaded
         except OSError as error:
             raise UserError(f"run.out={run.out} cannot be written: {error.strerror}; choose another directory") from None
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -56,8 +60,9 @@ class RunLogger:
 
     def print(self, text: str) -> None:
         """Lines on the terminal, above the progress bar."""
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(redact_text(text), flush=True)
+        if self._writes:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(redact_text(text), flush=True)
 
     def begin(
         self,
@@ -85,14 +90,19 @@ class RunLogger:
         self._interval.loss_sum.fill_(state["loss_sum"])
         self._interval.supervised = state["supervised"]
         with self._writing():
-            set_aside(self._out, start_step, self.print)
-            cut_log(self._out / "log.jsonl", start_step)
-            replace_bytes(self._out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._config)).encode())
-            self._log = open(self._out / "log.jsonl", "a", encoding="utf-8")
+            if self._writes:
+                set_aside(self._out, start_step, self.print)
+                cut_log(self._out / "log.jsonl", start_step)
+                replace_bytes(self._out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._config)).encode())
+            self._log = open(self._out / "log.jsonl" if self._writes else os.devnull, "a", encoding="utf-8")
         self._trackers.begin(self._config, start_step, state["wandb_id"])
         # On a terminal only: in a file or a pipe a bar is noise.
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", leave=False, disable=not sys.stderr.isatty()
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            leave=False,
+            disable=not (self._writes and sys.stderr.isatty()),
         )
         self._clock = Clock()
 
@@ -121,7 +131,7 @@ class RunLogger:
             "epoch": step / self._steps_per_epoch,
             "tokens_per_s": round(rate, 1),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
-            "mfu": round(rate * self._flops_per_token / self._peak, 4) if self._peak else None,
+            "mfu": round(rate * self._flops_per_token / (self._peak * world_size()), 4) if self._peak else None,
             "eta_s": round((self._total_steps - step) * self._clock.seconds_per_step(), 1),
         }
         interval.reset()
@@ -183,7 +193,8 @@ class RunLogger:
         """
         loss_sum, _ = self._interval.read()
         with self._writing():
-            os.fsync(self._log.fileno())
+            if self._writes:
+                os.fsync(self._log.fileno())
         return {"loss_sum": loss_sum, "supervised": self._interval.supervised, "wandb_id": self._trackers.wandb_id()}
 
     def close(self) -> None:

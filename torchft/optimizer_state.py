@@ -2,7 +2,8 @@
 
 Optimizer tensors are named <parameter>/<state>, such as "model.layers.0.self_attn.q_proj.lora_A.weight/exp_avg",
 whatever the order of the parameters; torchao's 8-bit states are taken apart into /codes, /scale and /qmap (torchao
-optim/subclass_8bit.py). Left out: sharded parameters, whose state goes through torch.distributed.checkpoint.
+optim/subclass_8bit.py). Of a parameter that is divided over
+processes, the states are gathered and cut again.
 """
 
 import random
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchft.errors import UserError
+from torchft.modules.sharding import cut, whole
 
 PARTS_8BIT = ("codes", "scale", "qmap")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -33,9 +34,8 @@ def flatten_optimizer(
     tensors: dict[str, Tensor] = {}
     signed: dict[str, bool] = {}
     for name, param in params.items():
-        assert not isinstance(param, DTensor), f"{name} is sharded"
         for key, value in optimizer.state.get(param, {}).items():
-            full_name = f"{plain_name(name)}/{key}"
+            full_name, value = f"{plain_name(name)}/{key}", whole(value)
             if type(value) is Tensor:
                 tensors[full_name] = value
             else:
@@ -58,6 +58,8 @@ def unflatten_optimizer(
     states = _by_parameter(tensors, signed, [plain_name(name) for name in params])
     _check_complete(states, {plain_name(name): param for name, param in params.items()})
     names = {param: plain_name(name) for name, param in params.items()}
+    for param, name in names.items():
+        states[name] = {key: value if key == "step" else cut(value, param) for key, value in states[name].items()}
     in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
     by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
     # load_state_dict moves each tensor to where this optimizer wants it: the step counter too, on CPU for torchao.

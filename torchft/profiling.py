@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from torchft.atomic import replace_bytes
 from torchft.config import RunConfig
+from torchft.ranks import rank
 
 SKIPPED_STEPS = 2  # the first compiles and fills caches; the profiler starts up in the second
 MEMORY_STEPS = 3  # from the second step on, allocations repeat
@@ -35,10 +36,10 @@ class ProfileWindow:
         self._device = device
         self._say = say
         self._steps = 0
-        self._memory = run.memory_snapshot and device.type == "cuda"
-        if run.memory_snapshot and not self._memory:
+        self._memory = run.memory_snapshot and device.type == "cuda" and rank() == 0
+        if run.memory_snapshot and device.type != "cuda":
             say("run.memory_snapshot has no effect on CPU")
-        self._profiler = self._build_profiler(run.profile_steps) if run.profile_steps else None
+        self._profiler = self._build_profiler(run.profile_steps) if run.profile_steps and rank() == 0 else None
         if self._profiler:
             self._profiler.start()
         if self._memory:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchft.atomic import verify
+from torchft.distributed import from_main
 from torchft.errors import UserError
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -55,9 +56,16 @@ def remove_leftovers(out: Path) -> None:
 
 
 def best_checkpoint(out: str | Path) -> tuple[float, Path | None]:
-    """The lowest validation loss that a checkpoint in `out` was saved with, and that checkpoint; else (inf, None)."""
+    """The lowest validation loss that a checkpoint in `out` was saved with, and that checkpoint; else (inf, None).
+
+    The same on all processes, which all must ask.
+    """
+    return from_main(lambda: _best_checkpoint(Path(out)))
+
+
+def _best_checkpoint(out: Path) -> tuple[float, Path | None]:
     best: tuple[float, Path | None] = (math.inf, None)
-    for path, loss in _complete(Path(out)):
+    for path, loss in _complete(out):
         if loss is not None and loss < best[0]:  # of equals the earliest
             best = (loss, path)
     return best
@@ -68,7 +76,7 @@ def prune(out: Path, keep_last: int) -> None:
 
     Damaged ones do not count as kept, and stay for the user to look at.
     """
-    best = best_checkpoint(out)[1]
+    best = _best_checkpoint(out)[1]
     for path, _ in _complete(out)[: -max(1, keep_last)]:
         if path == best:
             continue

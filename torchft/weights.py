@@ -17,6 +17,7 @@ from torchft.errors import UserError
 from torchft.hf_checkpoint import Checkpoint, listed, open_checkpoint
 from torchft.models import read_config
 from torchft.modules import nf4
+from torchft.modules.sharding import cut, divided_like, local, rows_held
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import TrainedEmbedding, TrainedHead
 
@@ -63,8 +64,10 @@ def load_weights(
 
     for name, tensor in checkpoint.stream():
         for slot in targets.get(name, []):
-            value = torch.zeros(slot.param.shape, dtype=slot.dtype(dtype), device=device)
-            value[: len(tensor)] = tensor  # a copy: `tensor` is the mapped file
+            rows = slot.rows()
+            value = torch.zeros(rows.stop - rows.start, *tensor.shape[1:], dtype=slot.dtype(dtype), device=device)
+            held = tensor[rows]  # of the mapped file: other rows are not read
+            value[: len(held)] = held
             slot.fill(value)
     return LoadReport(len(targets), sum(checkpoint.tensors[name].num_bytes for name in targets), tuple(ignored))
 
@@ -86,7 +89,7 @@ def random_weights(model: CausalLM, *, seed: int, device: torch.device | str, dt
             # 32 bits of seed and name: more would be cut off in silence by the CPU's generator.
             generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             value.normal_(std=model.config.initializer_range, generator=generator)
-        slot.fill(value)
+        slot.fill(value[slot.rows()])
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,21 @@ class _Slot:
         trained_whole = any(isinstance(module, TrainedEmbedding | TrainedHead) for module, _ in self.owners)
         return torch.float32 if trained_whole else base
 
+    def is_nf4(self) -> bool:
+        return isinstance(local(self.param), nf4.NF4Tensor)
+
+    def rows(self) -> slice:
+        """The rows that `fill` wants: this process's, but all of an NF4 tensor, whose scales have one mean."""
+        return slice(0, self.param.shape[0]) if self.is_nf4() else rows_held(self.param)
+
     def fill(self, value: Tensor) -> None:
-        """Put `value` in the parameter's place, quantised if that is NF4."""
-        assert value.shape == self.param.shape, (value.shape, self.param.shape)
-        if isinstance(self.param, nf4.NF4Tensor):
-            value = nf4.to_nf4(value)
-        filled = nn.Parameter(value, requires_grad=self.param.requires_grad)
+        """Put those rows in the parameter's place, quantised if that is NF4."""
+        if self.is_nf4():
+            filled = cut(nf4.to_nf4(value), self.param)
+        else:
+            filled = divided_like(value.clone() if value._is_view() else value, self.param)
+        assert filled.shape == self.param.shape, (filled.shape, self.param.shape)
+        filled = nn.Parameter(filled, requires_grad=self.param.requires_grad)
         for module, leaf in self.owners:
             setattr(module, leaf, filled)
 

@@ -109,9 +109,10 @@ class Loader:
         mine = cells[self.rank :: self.world_size]
         return [_cell_batch(self.dataset, cell, self.micro_batch_size, self.data_cfg) for cell in mine]
 
-    def step_tokens(self, index: int) -> int:
-        """Supervised tokens of step `index` over all processes, known on each of them without communication."""
-        return int(self.dataset.num_supervised[np.concatenate(self._rows(index))].sum())
+    def step_tokens(self, index: int) -> tuple[int, int]:
+        """(tokens, supervised tokens) of step `index` over all processes, known on each of them without communication."""
+        samples = self.step_samples(index)
+        return int(self.dataset.lengths[samples].sum()), int(self.dataset.num_supervised[samples].sum())
 
     def step_samples(self, index: int) -> np.ndarray:
         """The samples of step `index` over all processes, in the global order, (n,)."""

@@ -1,0 +1,114 @@
+"""Parameters divided over processes by FSDP2 (`fully_shard`): which ones, how they are filled, how they are read back.
+
+A divided parameter is a DTensor: each process holds some rows of it, and a block's rows are gathered for as long as the
+block computes. The functions here treat an ordinary tensor as the case of one holder, so that callers need no branch.
+
+Order: model on meta -> adapters -> NF4 -> checkpointing -> compile -> `shard_model` -> fill every parameter.
+Left out: dividing anything but rows (tensor parallelism).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from torchft.modules import nf4
+from torchft.modules.transformer import CausalLM
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What `shard_model` did, for one printed line."""
+
+    num_parts: int  # processes over which a weight is divided
+    num_copies: int  # of the whole model, on groups of that many processes
+    num_divided: int  # parameters (tensors)
+    kept_whole: tuple[str, ...]  # names of frozen ones that every process holds
+    base_whole: bool  # that is so on purpose, for all of the base
+
+    def __str__(self) -> str:
+        processes = self.num_parts * self.num_copies
+        if self.base_whole:
+            return f"each of {processes} process(es) holds the frozen base; {self.num_divided} trained tensors are divided"
+        copies = f", {self.num_copies} copies" if self.num_copies > 1 else ""
+        line = f"{self.num_divided} tensors divided over {self.num_parts} processes{copies}"
+        if self.kept_whole:
+            line += (
+                f"; {len(self.kept_whole)} NF4 tensors whole on each (first: {self.kept_whole[0]}, whose parts would not be "
+                f"multiples of {nf4.DIVISOR:,} weights)"
+            )
+        return line
+
+
+def shard_model(model: CausalLM, mesh: DeviceMesh, *, base_whole: bool) -> ShardReport:
+    """Divide a model on meta over `mesh`, block by block; `model` itself holds embedding, last norm and head.
+
+    Args:
+        mesh: one dimension of processes that share the rows of a weight, or two, (copies, parts).
+        base_whole: frozen parameters stay whole on every process, and only what is trained is divided: nothing of the base
+            travels, at the price of its memory.
+    """
+    from torch.distributed.fsdp import fully_shard  # here: its import takes half a second
+
+    parts = mesh.size(mesh.ndim - 1)
+    frozen = {name: param for name, param in model.named_parameters() if not param.requires_grad}
+    kept = frozen if base_whole else {name: p for name, p in frozen.items() if _cannot_divide(p, parts)}
+    options = {"mesh": mesh, "ignored_params": set(kept.values()), "reshard_after_forward": not base_whole}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    divided = sum(isinstance(param, DTensor) for param in model.parameters())
+    return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), base_whole)
+
+
+def _cannot_divide(param: Tensor, parts: int) -> bool:
+    """Whether equal parts of an NF4 tensor's rows would cut through its groups of scales."""
+    return isinstance(param, nf4.NF4Tensor) and (param.shape[0] % parts != 0 or param.numel() // parts % nf4.DIVISOR != 0)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is divided: every process must call it then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_held(tensor: Tensor) -> slice:
+    """The rows of the whole tensor that this process holds, as FSDP2 deals them: like torch.chunk."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, tensor.shape[0])
+    mesh, num_rows = tensor.device_mesh, tensor.shape[0]
+    step = -(-num_rows // mesh.size(mesh.ndim - 1))
+    start = min(num_rows, mesh.get_local_rank(mesh.ndim - 1) * step)
+    return slice(start, min(num_rows, start + step))
+
+
+def divided_like(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor with as many rows as `like`, dealt out as they are, of which `part` is what this process holds."""
+    if not isinstance(like, DTensor):
+        return part
+    shape = torch.Size((like.shape[0], *part.shape[1:]))
+    layout = {"run_check": False, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    return DTensor.from_local(part, like.device_mesh, like.placements, **layout)
+
+
+def cut(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, in the layout of `like`; a copy where that is divided."""
+    if not isinstance(like, DTensor):
+        return value
+    if isinstance(value, nf4.NF4Tensor):  # which can be cut into equal parts only
+        mesh = like.device_mesh
+        return divided_like(value.chunk(mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)], like)
+    return divided_like(value[rows_held(like)].clone(), like)
+
+
+@torch.no_grad()
+def place(module: nn.Module, leaf: str, value: Tensor) -> None:
+    """Make the whole tensor `value` the parameter `leaf` of `module`, in the layout of the one that is there."""
+    before = getattr(module, leaf)
+    setattr(module, leaf, nn.Parameter(cut(value, before), requires_grad=before.requires_grad))
