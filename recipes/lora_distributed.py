@@ -28,8 +28,8 @@ from torchft.data.loader import Batch, Loader, eval_batches
 from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import (
-    any_process,
     divide,
+    highest,
     join_processes,
     leave_processes,
     node_leader_first,
@@ -140,7 +140,7 @@ def main(cfg: Config) -> None:
     first_step = state.get("step", 0) + 1
     length = {"total_steps": loader.total_steps, "steps_per_epoch": loader.steps_per_epoch(0), "start_step": first_step - 1}
     log.begin(**length, state=state.get("log"), flops_per_token=flops_per_token(model, cfg.data.max_seq_len))
-    best_loss = best_checkpoint(out)[0] if checkpoint else math.inf  # log.begin has moved what a later step left aside
+    best_loss = best_checkpoint(out, log.print)[0] if checkpoint else math.inf  # log.begin has moved what a later step left aside
     profiler = ProfileWindow(run, device, log.print)
     if scored and first_step == 1:
         with log.paused():
@@ -169,7 +169,7 @@ def main(cfg: Config) -> None:
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 
-        last, stopping = step == loader.total_steps, any_process(stop.requested)
+        last, stopping = step == loader.total_steps, highest(stop.exit_code)  # 0: nobody asked
         valid_loss = None
         if valid and (last or (run.eval_every and step % run.eval_every == 0)):
             with log.paused():
@@ -188,11 +188,12 @@ def main(cfg: Config) -> None:
         if stopping and not last:
             log.print(f"stopped after step {step}; go on with run.resume=auto")
             leave_processes()
-            sys.exit(stop.exit_code)
+            sys.exit(stopping)
+    stop.close()  # the last checkpoint stands: from here on a signal ends the run at once
     profiler.close()
 
     # ---- Result: the adapter as a PEFT directory, read back and compared before it is called done.
-    if run.keep_best and (best := best_checkpoint(out)[1]):
+    if run.keep_best and (best := best_checkpoint(out, log.print)[1]):
         load_checkpoint(best, params=params, optimizer=optimizer, unchanged={})
         log.print(f"exporting {best}, the lowest validation loss")
     if scored:

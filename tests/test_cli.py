@@ -116,6 +116,7 @@ def test_torchtunes_recipe_names():
     assert find_recipe("lora_finetune_single_device") == RECIPES / "lora_single_device.py"
     for name, target in (
         ("lora_finetune_distributed", "lora_distributed"),
+        ("full_finetune_single_device", "full_finetune_distributed"),
         ("full_dpo_distributed", "dpo_distributed"),
     ):
         if target in recipe_names():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchft import crash, launch
+from torchft.config import ModelConfig
 from torchft.distributed import require_single_process
 from torchft.errors import ConfigError, UserError
 from torchft.models.llama import config_from_hf
@@ -298,10 +299,10 @@ def test_describe():
 
 
 def test_require_single_process(monkeypatch):
-    require_single_process("lora_single_device")
+    require_single_process("lora_single_device", ModelConfig())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="lora_single_device runs on one process, not on 2: .* run lora_distributed"):
-        require_single_process("lora_single_device")
+        require_single_process("lora_single_device", ModelConfig())
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE is 'two', not a number"):
-        require_single_process("lora_single_device")
+        require_single_process("lora_single_device", ModelConfig())

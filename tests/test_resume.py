@@ -56,9 +56,9 @@ def recipe(out: Path, disturb: Callable[[int, str], None]) -> int:
             if done % run.eval_every == 0:
                 valid_loss = tiny.params["0.weight"].detach().square().mean().item()
                 log.validation(done, valid_loss=valid_loss)
-                improved = valid_loss < best_checkpoint(run.out)[0]
+                improved = valid_loss < best_checkpoint(Path(run.out))[0]
                 disturb(step, "validate")
-            if done % run.save_every == 0 or done == STEPS or improved or stop.requested:
+            if done % run.save_every == 0 or done == STEPS or improved or stop.exit_code:
                 save_checkpoint(
                     run.out,
                     done,
@@ -70,7 +70,7 @@ def recipe(out: Path, disturb: Callable[[int, str], None]) -> int:
                     valid_loss=valid_loss if done % run.eval_every == 0 else None,
                 )
                 disturb(step, "save")
-        if stop.requested:
+        if stop.exit_code:
             break
     log.close()
     stop.close()

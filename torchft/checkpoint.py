@@ -229,23 +229,21 @@ def _flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
 
 
 class StopSignal:
-    """Turns SIGTERM (a preempted machine) and Ctrl-C into a flag that the recipe reads between steps.
+    """Turns SIGTERM (a preempted machine) and Ctrl-C into a number that the recipe reads between steps.
 
-    `exit_code` is the shell's for that signal: 128 + its number. A second Ctrl-C quits at once; a second SIGTERM
-    changes nothing, since launchers send it to the process and to its group.
+    `exit_code` is 0 until then, and after it the shell's for that signal: 128 + its number. A second Ctrl-C quits at
+    once; a second SIGTERM changes nothing, since launchers send it to the process and to its group.
     """
 
     def __init__(self) -> None:
-        self.requested = False
         self.exit_code = 0
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.exit_code:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.requested = True
         self.exit_code = 128 + number
         # os.write: print could be interrupted inside itself by this very handler
         os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C to quit at once\n".encode())

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -164,20 +164,22 @@ def _command(
 
 
 def _ls(args: argparse.Namespace) -> None:
-    listed: set[str] = set()
+    by_configs: dict[tuple[str, ...], list[str]] = {}  # recipes that take the same ones stand together
     for recipe in recipe_names():
-        doc = ast.get_docstring(ast.parse(find_recipe(recipe).read_text(encoding="utf-8"))) or ""
-        print(recipe)
-        print(textwrap.fill(doc.partition("\n")[0], 118, initial_indent="  ", subsequent_indent="  "))
-        _print_families(configs_for(recipe))
-        listed.update(configs_for(recipe))
-    rest = [name for name in config_names() if name not in listed]
+        by_configs.setdefault(tuple(configs_for(recipe)), []).append(recipe)
+    for configs, recipes in by_configs.items():
+        for recipe in reversed(recipes):  # the one for a single device first
+            doc = ast.get_docstring(ast.parse(find_recipe(recipe).read_text(encoding="utf-8"))) or ""
+            print(recipe)
+            print(textwrap.fill(doc.partition("\n")[0], 118, initial_indent="  ", subsequent_indent="  "))
+        _print_families(configs)
+    rest = [name for name in config_names() if not any(name in configs for configs in by_configs)]
     if rest:
         print("configs for recipes that are not here")
         _print_families(rest)
 
 
-def _print_families(names: list[str]) -> None:
+def _print_families(names: Sequence[str]) -> None:
     """Whole names, one family per paragraph: each can be copied into a command as it stands."""
     for family in dict.fromkeys(name.partition("/")[0] for name in names):
         mine = [name for name in names if name.startswith(f"{family}/")]

@@ -91,11 +91,11 @@ def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def any_process(flag: bool) -> bool:
-    """Whether it is so on any process; all of them must ask. Waits for the hosts, not for the devices."""
-    flags = torch.tensor([flag], dtype=torch.int32)
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_host_group[0])
-    return bool(flags.item())
+def highest(number: int) -> int:
+    """The largest of all processes' numbers, which all must give. Waits for the hosts, not for the devices."""
+    numbers = torch.tensor([number])
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group[0])
+    return int(numbers.item())
 
 
 def from_main(make: Callable[[], T]) -> T:

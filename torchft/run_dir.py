@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,23 @@ def remove_leftovers(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def best_checkpoint(out: str | Path) -> tuple[float, Path | None]:
+def best_checkpoint(out: Path, say: Callable[[str], None] = print) -> tuple[float, Path | None]:
     """The lowest validation loss that a checkpoint in `out` was saved with, and that checkpoint; else (inf, None).
 
-    The same on all processes, which all must ask.
+    One that does not verify is skipped, which is said. The same on all processes, which all must ask.
     """
-    return from_main(lambda: _best_checkpoint(Path(out)))
+    return from_main(lambda: _best_checkpoint(out, say))
 
 
-def _best_checkpoint(out: Path) -> tuple[float, Path | None]:
-    best: tuple[float, Path | None] = (math.inf, None)
-    for path, loss in _complete(out):
-        if loss is not None and loss < best[0]:  # of equals the earliest
-            best = (loss, path)
-    return best
+def _best_checkpoint(out: Path, say: Callable[[str], None]) -> tuple[float, Path | None]:
+    ranked = sorted(((loss, path) for path, loss in _complete(out) if loss is not None), key=itemgetter(0))
+    for loss, path in ranked:  # of equals the earliest first
+        try:
+            verify_checkpoint(path)
+            return loss, path
+        except UserError as error:
+            say(f"the best checkpoint {path} is skipped: {error}")
+    return math.inf, None
 
 
 def prune(out: Path, keep_last: int) -> None:
@@ -76,8 +80,9 @@ def prune(out: Path, keep_last: int) -> None:
 
     Damaged ones do not count as kept, and stay for the user to look at.
     """
-    best = _best_checkpoint(out)[1]
-    for path, _ in _complete(out)[: -max(1, keep_last)]:
+    complete = _complete(out)
+    best = min((pair for pair in complete if pair[1] is not None), key=itemgetter(1), default=(None, None))[0]
+    for path, _ in complete[: -max(1, keep_last)]:
         if path == best:
             continue
         try:

@@ -132,7 +132,8 @@ def check_step(loaders, index):
     assert len({len(share) for share in shares}) == 1 and shares[0], "every process must run equally many batches"
     batches = list(itertools.chain(*shares))
     assert max(made.input_ids.shape[0] for made in batches) <= loaders[0].micro_batch_size
-    assert {loader.step_tokens(index) for loader in loaders} == {sum(made.num_supervised for made in batches)}
+    totals = (sum(made.num_tokens for made in batches), sum(made.num_supervised for made in batches))
+    assert {loader.step_tokens(index) for loader in loaders} == {totals}
     return rows_of(batches)
 
 

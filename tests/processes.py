@@ -1,0 +1,46 @@
+"""Several processes of a run on this machine, forked from the test, so that none of them imports torch again."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def run_processes(count: int, work: Callable[[int], None], folder: Path) -> list[int]:
+    """`work(rank)` on `count` processes with torchrun's variables set; their exit codes, by rank.
+
+    Tracebacks go to folder/rank_<n>.txt. One that is still running after 120 s is killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_child, args=(rank, count, port, work, folder)) for rank in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        child.kill() if child.is_alive() else None
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def _child(rank: int, count: int, port: int, work: Callable[[int], None], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    try:
+        work(rank)
+    except BaseException:
+        (folder / f"rank_{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+def problems(folder: Path) -> str:
+    """What the processes raised."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob("rank_*.txt")))
