@@ -272,8 +272,8 @@ def test_directories_without_weights_say_what_to_do(base: Path, tmp_path: Path) 
     (base / SINGLE).unlink()
     refused_load(base, "holds neither model.safetensors", "tune download")
     (base / "adapter_model.safetensors").touch()
-    refused_load(base, "is an adapter, not a model", "lora.adapter")
-    with pytest.raises(UserError, match="is no directory; `tune download"):
+    refused_load(base, "is an adapter, not a model", "as the adapter")
+    with pytest.raises(UserError, match="nowhere is no model directory; `tune download"):
         open_checkpoint(tmp_path / "nowhere")
 
 

@@ -63,9 +63,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(
-            f"model.path: {folder} is no directory; `tune download <org>/<name>` makes one from a hub model"
-        )
+        raise UserError(f"{folder} is no model directory; `tune download <org>/<name>` makes one from a hub model")
     has_single, has_index = (folder / SINGLE).exists(), (folder / INDEX).exists()
     if has_single and has_index and set(_weight_map(folder).values()) != {SINGLE}:
         raise UserError(
@@ -123,7 +121,7 @@ def _why_no_weights(folder: Path) -> str:
     pickled = [name for name in names if name.endswith(PICKLED)]
     if "adapter_model.safetensors" in names:
         return (
-            f"{folder} is an adapter, not a model; give its base model as model.path and this directory as lora.adapter"
+            f"{folder} is an adapter, not a model; give the model it was trained on as the model, and it as the adapter"
         )
     if pickled:
         return (
