@@ -182,7 +182,7 @@ def test_a_file_wins_where_no_config_has_its_name(tmp_path, monkeypatch):
             "--adapter is 'empty', a directory without adapter_",
         ),
         (["generate", "x" * 5000], "MODEL is 'xxx"),
-        (["generate", "~nobody/x"], "MODEL is '~nobody/x': "),
+        (["generate", "~no_such_user/x"], "MODEL is '~no_such_user/x': "),
         (["merge", "nope", "empty", "out"], "BASE is 'nope', which is no directory"),
         (["merge", "builtin:tiny_llama", "nope", "out"], "ADAPTER is 'nope', which is no directory"),
         (["merge", "builtin:tiny_llama", "empty", "out"], "ADAPTER is 'empty', a directory without adapter_config"),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import edit_tensors, load_base, make_base, refused_load
+from tiny_models import edit_tensors, linked_as_the_hub_does, load_base, make_base, refused_load
 
 from torchft.errors import UserError
-from torchft.hf_checkpoint import INDEX, PIECE_BYTES, PIECES, SINGLE, fingerprint, open_checkpoint
+from torchft.hf_checkpoint import INDEX, SINGLE, open_checkpoint
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -219,17 +219,6 @@ def test_links_that_lead_out_are_refused(base: Path, tmp_path: Path) -> None:
         open_checkpoint(base)
 
 
-def linked_as_the_hub_does(base: Path, root: Path) -> Path:
-    """The cache's layout: each file of a snapshot is a link to a blob."""
-    blobs, snapshot = root / "models--org--name" / "blobs", root / "models--org--name" / "snapshots" / "1f2e"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for file in base.iterdir():
-        shutil.copy(file, blobs / f"sha-of-{file.name}")
-        (snapshot / file.name).symlink_to(f"../../blobs/sha-of-{file.name}")
-    return snapshot
-
-
 def test_the_hub_caches_own_links_are_followed(base: Path, tmp_path: Path) -> None:
     expected = load_base(base).state_dict()
     snapshot = linked_as_the_hub_does(base, tmp_path)
@@ -280,99 +269,3 @@ def test_directories_without_weights_say_what_to_do(base: Path, tmp_path: Path) 
 def test_single_file_beside_a_foreign_index_is_refused(sharded: Path) -> None:
     shutil.copy(next(sharded.glob("model-00001*")), sharded / SINGLE)
     refused_load(sharded, "two checkpoints; delete one")
-
-
-# Fingerprints
-
-
-@pytest.mark.parametrize("kind", ["base", "sharded"])
-def test_a_copy_elsewhere_has_the_same_fingerprint(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folder = request.getfixturevalue(kind)
-    expected = fingerprint(folder)
-    assert len(expected) == 64 and expected == fingerprint(str(folder))
-    shutil.copytree(folder, tmp_path / "copy")
-    (tmp_path / "copy" / "generation_config.json").write_text("{}")  # not weights, nor what they mean
-    (tmp_path / "copy" / "consolidated.safetensors").write_bytes(b"an unused one, as Mistral's directories have")
-    os.utime(tmp_path / "copy" / "config.json", (0, 0))
-    assert fingerprint(tmp_path / "copy") == expected
-    assert fingerprint(linked_as_the_hub_does(folder, tmp_path)) == expected
-
-
-def flip_last_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-def rename_shard(base: Path) -> None:
-    (base / SINGLE).rename(base / "weights.safetensors")
-    names = open_names(base / "weights.safetensors")
-    (base / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "weights.safetensors")}))
-
-
-def open_names(file: Path) -> list[str]:
-    content = file.read_bytes()
-    fields = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return [name for name in fields if name != "__metadata__"]
-
-
-def replace_once(file: Path, old: str, new: str) -> None:
-    """Of the same length, so that no file's size gives it away."""
-    content = file.read_bytes()
-    assert len(old) == len(new) and old.encode() in content
-    file.write_bytes(content.replace(old.encode(), new.encode(), 1))
-
-
-CHANGES: dict[str, Callable[[Path], object]] = {
-    "config": lambda base: replace_once(base / "config.json", '"llama"', '"qwen3"'),
-    "renamed tensor": lambda base: replace_once(base / SINGLE, NAME, NAME[:-1] + "T"),
-    "dtype in the header": lambda base: replace_once(base / SINGLE, '"BF16"', '"F16" '),
-    "metadata": lambda base: rewrite_header(base / SINGLE, lambda f: f.update(__metadata__={"format": "pt", "a": "b"})),
-    "last byte": lambda base: flip_last_byte(base / SINGLE),
-    "one weight": lambda base: edit_tensors(base, lambda tensors: tensors[NAME][0, 0].add_(1)),
-    "file's name": rename_shard,
-}
-
-
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_changed_model_has_another_fingerprint(tmp_path: Path, what: str) -> None:
-    make_base(tmp_path, dtype=torch.bfloat16)
-    assert (tmp_path / SINGLE).stat().st_size < PIECES * PIECE_BYTES, "all of it is read"
-    before = fingerprint(tmp_path)
-    CHANGES[what](tmp_path)
-    assert fingerprint(tmp_path) != before
-
-
-def test_a_large_file_is_read_in_pieces_from_its_first_byte_to_its_last(tmp_path: Path) -> None:
-    """Each of the 16 pieces counts, and a byte between two of them does not: the trade of the docstring."""
-    num_bytes = 2 * PIECES * PIECE_BYTES
-    make_base(tmp_path)
-    (tmp_path / SINGLE).unlink()
-    header = json.dumps({"x": {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}).encode()
-    start = 8 + len(header)
-    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
-    before = fingerprint(tmp_path)
-
-    def changed_at(place: int) -> bool:
-        with (tmp_path / SINGLE).open("r+b") as file:
-            file.seek(start + place)
-            file.write(b"1")
-            file.flush()
-            after = fingerprint(tmp_path)
-            file.seek(start + place)
-            file.write(b"\0")
-        return after != before
-
-    stride = (num_bytes - PIECE_BYTES) / (PIECES - 1)
-    assert all(changed_at(int(i * stride) + PIECE_BYTES // 2) for i in range(PIECES))
-    assert changed_at(0) and changed_at(num_bytes - 1)
-    assert not changed_at(PIECE_BYTES + 100)
-
-
-def test_a_fingerprint_needs_a_sound_model_directory(base: Path) -> None:
-    (base / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json is missing"):
-        fingerprint(base)
-    rewrite_header(base / SINGLE, raw=b"{")
-    with pytest.raises(UserError, match="not an intact safetensors file"):
-        fingerprint(base)
