@@ -190,10 +190,10 @@ def _cp(args: argparse.Namespace) -> None:
     source, target = find_recipe_or_config(args.name), Path(args.destination)
     if target.is_dir():
         target /= source.name
-    if target.exists() and target.samefile(source):
-        raise UserError(f"{target} is the file to be copied; name another one")
     if not target.parent.is_dir():
         raise UserError(f"{target} cannot be written: there is no directory {target.parent}; make it first")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{target} is the file to be copied; name another one")
     try:
         # "x" refuses a file that is there, also one that came into being since anyone looked.
         with open(source, "rb") as read, open(target, "wb" if args.force else "xb") as write:

@@ -129,7 +129,7 @@ def _read_json(text: str, name: str, key: str) -> Iterator[Row]:
 
     start = JSON_ARRAY.match(text)
     if start is None:
-        empty = "" if text.strip() else "the file is empty; "
+        empty = "the file is empty; " * (not text.strip())
         raise UserError(
             f'{name}:1: {empty}expected an array of rows, or {{"data": [...]}} ({key}.path); one object per line is .jsonl'
         )
