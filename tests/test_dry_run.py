@@ -117,7 +117,7 @@ def test_validate_finds_an_id_for_which_the_model_has_no_row(part, workplace, ca
         Path(f"{name}.jsonl").write_text((json.dumps({"messages": [question, answer]}) + "\n") * 2)
     cli.main(["validate", "c.yaml"])  # nothing in the data writes the id that has no row
     assert "disk    ok" in capsys.readouterr().out
-    question["content"] = load_tokenizer("model").decode([last])
+    question["content"] += load_tokenizer("model").decode([last])
     Path(f"{part}.jsonl").write_text(json.dumps({"messages": [question, answer]}) + "\n")
     with pytest.raises(SystemExit):
         cli.main(["validate", "c.yaml"])
