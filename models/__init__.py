@@ -22,7 +22,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         hf = json.loads(file.read_bytes(), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise ValueError(
-            f"{file}: no such file. model.path must be a Hugging Face model directory; `tune download` makes one."
+            f"{file}: no such file. A Hugging Face model directory has one; `tune download` makes such a directory."
         ) from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}).") from None

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from torchft import cli
+from torchft.data.tokenizer import load_tokenizer
+from torchft.hf_checkpoint import open_checkpoint
+from torchft.models import read_config
 from torchft.names import (
     CONFIGS,
     RECIPES,
@@ -18,6 +21,7 @@ from torchft.names import (
     nearest_option,
     recipe_names,
 )
+from torchft.peft_config import read_adapter
 
 COMMANDS = ["ls", "cp", "cat", "run", "download", "validate", "data", "merge", "generate"]
 
@@ -81,14 +85,23 @@ def test_cp_takes_the_exact_name_or_a_directory(capsys, tmp_path):
 
 def test_cp_says_what_is_wrong(capsys, tmp_path):
     code, _, err = tune(capsys, "cp", "tiny/lora", str(tmp_path / "no" / "where.yaml"))
-    assert code == 1 and "where.yaml cannot be written: No such file or directory" in err
+    assert code == 1 and f"where.yaml cannot be written: there is no directory {tmp_path / 'no'}; make it" in err
     source = tmp_path / "own.yaml"
     source.write_text("own")
     code, _, err = tune(capsys, "cp", str(source), str(source), "--force")
     assert code == 1 and "is the file to be copied" in err and source.read_text() == "own"
-    assert tune(capsys, "cp", "lora_single_devise", "x")[2].endswith(
-        "did you mean lora_single_device?, or give the path of a .py file\n"
-    )
+
+
+def test_cp_and_cat_of_a_name_that_is_neither_recipe_nor_config(capsys, tmp_path):
+    """The nearest of both kinds, as nothing tells which was meant."""
+    for argv in (("cat", "8B_lora"), ("cp", "8B_lora", str(tmp_path / "x.yaml"))):
+        code, out, err = tune(capsys, *argv)
+        assert code == 1 and out == ""
+        assert err.startswith("error: neither a recipe nor a config is called '8B_lora'; the nearest names are lora_")
+        assert "/8B_lora (tune ls)\n" in err
+    assert "lora_single_device and " in tune(capsys, "cat", "lora_single_devise")[2]
+    assert "did you mean tiny/lora?" in tune(capsys, "cat", "tiny/lore")[2]
+    assert "there is no recipe file ./x.py" in tune(capsys, "cat", "./x.py")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -137,7 +150,7 @@ def test_unknown_names_get_the_nearest(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as caught:
             find_config(name)
         assert words in str(caught.value), name
-    with pytest.raises(ValueError, match="did you mean lora_single_device"):
+    with pytest.raises(ValueError, match=r"nor the path of a \.py file; did you mean lora_single_device\?$"):
         find_recipe("lora_single")
     assert nearest_option("lora_rank", ["lora.rank", "optim.lr"]) == "lora.rank"
 
@@ -150,6 +163,48 @@ def test_a_file_wins_where_no_config_has_its_name(tmp_path, monkeypatch):
     assert find_config("mine") == Path("mine")
     assert find_config("tiny/lora") == CONFIGS / "tiny/lora.yaml"
     assert find_config("./tiny/lora") == Path("./tiny/lora")
+
+
+# ------------------------------------------------------------------------------------------- paths on the command line
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["generate", "nope", "--prompt", "x"], "MODEL is 'nope', which is no directory (looked in "),
+        (["generate", "Qwen/Qwen3-0.6B"], "; get it with `tune download Qwen/Qwen3-0.6B`\n"),
+        (["generate", "empty"], "MODEL is 'empty', a directory without config.json\n"),
+        (
+            ["generate", "builtin:tiny_llama", "--adapter", "a/b"],
+            "--adapter is 'a/b', which is no directory (looked in",
+        ),
+        (
+            ["generate", "builtin:tiny_llama", "--adapter", "empty"],
+            "--adapter is 'empty', a directory without adapter_",
+        ),
+        (["generate", "x" * 5000], "MODEL is 'xxx"),
+        (["generate", "~no_such_user/x"], "MODEL is '~no_such_user/x': "),
+        (["merge", "nope", "empty", "out"], "BASE is 'nope', which is no directory"),
+        (["merge", "builtin:tiny_llama", "nope", "out"], "ADAPTER is 'nope', which is no directory"),
+        (["merge", "builtin:tiny_llama", "empty", "out"], "ADAPTER is 'empty', a directory without adapter_config"),
+    ],
+)
+def test_a_missing_path_is_told_by_the_argument_that_named_it(argv, words, capsys, tmp_path, monkeypatch):
+    """Not by a config's key, which the user of a command line never wrote."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    code, _, err = tune(capsys, *argv)
+    assert code == 1 and words in err
+    assert "model.path" not in err and "lora.adapter" not in err
+
+
+def test_messages_about_directories_name_no_config_key(tmp_path):
+    """They are met from a config, from the command line and from Python alike."""
+    for function in (open_checkpoint, read_adapter, load_tokenizer, read_config):
+        with pytest.raises(ValueError) as caught:
+            function(tmp_path / "nowhere")
+        assert str(tmp_path / "nowhere") in str(caught.value), function
+        assert "model.path" not in str(caught.value) and "lora.adapter" not in str(caught.value), function
 
 
 # ------------------------------------------------------------------------------------------------------- help and speed

@@ -12,6 +12,7 @@ import torch
 from torchft import cli, dry_run
 from torchft.adapter import add_adapter
 from torchft.config import ASSETS
+from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
 from torchft.models import build_model, model_config, read_config
 from torchft.names import RECIPES
@@ -47,6 +48,7 @@ def test_validate_checks_everything_and_loads_no_weight(workplace, capsys):
     feed_forward = 3 * (shape.hidden_size + shape.intermediate_size)
     assert trained == 4 * shape.num_hidden_layers * (attention + feed_forward) < total  # rank 4
     assert "disk    ok" in out and "MiB for frozen weights" in out
+    assert re.search(r" for what is trained; activations come on top$", out, re.MULTILINE)
 
 
 def test_validate_of_nf4_counts_fewer_bytes(workplace, capsys):
@@ -102,6 +104,26 @@ def test_validate_refuses_a_damaged_model_config(workplace, capsys):
         with pytest.raises(SystemExit):
             cli.main(["validate", "c.yaml"])
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_validate_finds_an_id_for_which_the_model_has_no_row(part, workplace, capsys):
+    """As the recipe does: tokenizer and config.json are of two models, and only one part of the data writes the id."""
+    last = model_config(read_config("model")).vocab_size - 1
+    file = Path("model/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": last}))
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    for name in ("train", "valid"):
+        Path(f"{name}.jsonl").write_text((json.dumps({"messages": [question, answer]}) + "\n") * 2)
+    cli.main(["validate", "c.yaml"])  # nothing in the data writes the id that has no row
+    assert "disk    ok" in capsys.readouterr().out
+    question["content"] += load_tokenizer("model").decode([last])
+    Path(f"{part}.jsonl").write_text(json.dumps({"messages": [question, answer]}) + "\n")
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "c.yaml"])
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: data.{part}: the tokenizer of model writes the id {last} (")
+    assert "data    ok" in printed.out and "model   ok" not in printed.out
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_run(tmp_path):

@@ -2,9 +2,12 @@
 
 import argparse
 import builtins
+import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -107,6 +110,16 @@ def typed(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
             raise EOFError from None
 
     monkeypatch.setattr(builtins, "input", read)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+
+
+def test_lines_from_a_pipe_are_answered_without_prompts(folder, capsys, monkeypatch):
+    """So that the output can be read by a program: one answer per line, and nothing else."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAnd now?\n"))
+    main_generate(arguments(folder))
+    first = expected_answer(folder, [user("Hello")])
+    second = expected_answer(folder, [user("Hello"), {"role": "assistant", "content": first}, user("And now?")])
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
 def test_a_chat_remembers_until_it_is_reset(folder, capsys, monkeypatch):

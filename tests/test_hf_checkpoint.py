@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import edit_tensors, load_base, make_base, refused_load
+from tiny_models import edit_tensors, linked_as_the_hub_does, load_base, make_base, refused_load
 
 from torchft.errors import UserError
 from torchft.hf_checkpoint import INDEX, SINGLE, open_checkpoint
@@ -221,12 +221,7 @@ def test_links_that_lead_out_are_refused(base: Path, tmp_path: Path) -> None:
 
 def test_the_hub_caches_own_links_are_followed(base: Path, tmp_path: Path) -> None:
     expected = load_base(base).state_dict()
-    blobs, snapshot = tmp_path / "models--org--name" / "blobs", tmp_path / "models--org--name" / "snapshots" / "1f2e"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for file in base.iterdir():
-        shutil.copy(file, blobs / f"sha-of-{file.name}")
-        (snapshot / file.name).symlink_to(f"../../blobs/sha-of-{file.name}")
+    snapshot = linked_as_the_hub_does(base, tmp_path)
     loaded = load_base(snapshot).state_dict()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     shutil.copy(base / SINGLE, tmp_path / SINGLE)
@@ -266,8 +261,8 @@ def test_directories_without_weights_say_what_to_do(base: Path, tmp_path: Path) 
     (base / SINGLE).unlink()
     refused_load(base, "holds neither model.safetensors", "tune download")
     (base / "adapter_model.safetensors").touch()
-    refused_load(base, "is an adapter, not a model", "lora.adapter")
-    with pytest.raises(UserError, match="is no directory; `tune download"):
+    refused_load(base, "is an adapter, not a model", "as the adapter")
+    with pytest.raises(UserError, match="nowhere is no model directory; `tune download"):
         open_checkpoint(tmp_path / "nowhere")
 
 

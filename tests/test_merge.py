@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import (
     VOCAB_SIZE,
     load_base,
@@ -24,12 +24,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from torchft import merge as merge_module
 from torchft.adapter import attach_adapter, load_adapter, save_adapter
+from torchft.export import safetensors_bytes, save_safetensors
 from torchft.hf_checkpoint import INDEX, SINGLE
 from torchft.merge import merge
 from torchft.models import read_config
 from torchft.modules.lora import LoraSpec, add_lora, init_lora, lora_layers, merged_weight
 from torchft.modules.nf4 import NF4Tensor, dequantize, quantize_nf4
 from torchft.modules.vocab import init_new_rows, resize_vocab, train_modules
+from torchft.safetensors_header import read_header
 from torchft.weights import load_weights
 
 VARIANTS = {
@@ -133,6 +135,26 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert one.keys() == many.keys() and all(map(torch.equal, one.values(), many.values()))
 
 
+def test_two_merges_give_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    """safetensors writes its metadata in an order that is drawn anew for each file: 12 shards agree once in 2,048."""
+    adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
+    for name in ("one", "other"):
+        merge(base, adapter, tmp_path / name, max_shard_bytes=150_000)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) > 8 and files == sorted(path.name for path in (tmp_path / "other").iterdir())
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
+
+
+def test_a_file_written_in_place_has_the_bytes_of_one_made_in_memory(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(2, 3, dtype=torch.bfloat16)}
+    for metadata in ({"format": "pt"}, {"z": '\u00e9 "quoted"', "format": "pt", "a": ""}):
+        save_safetensors(tensors, tmp_path / "file", metadata)
+        assert (tmp_path / "file").read_bytes() == safetensors_bytes(tensors, metadata)
+        assert read_header(tmp_path / "file").metadata == metadata
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "file").items())
+
+
 def test_at_most_one_shard_is_held(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors handed to each write are gone when the next one comes."""
     import weakref
@@ -143,9 +165,9 @@ def test_at_most_one_shard_is_held(base: Path, tmp_path: Path, monkeypatch: pyte
     def watched(tensors: dict, *args: Any, **kwargs: Any) -> None:
         counts.append(sum(ref() is not None for ref in alive))
         alive.extend(weakref.ref(tensor) for tensor in tensors.values())
-        save_file(tensors, *args, **kwargs)
+        save_safetensors(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(merge_module, "save_file", watched)
+    monkeypatch.setattr(merge_module, "save_safetensors", watched)
     adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
     merge(base, adapter, tmp_path / "merged", max_shard_bytes=200_000)
     assert len(counts) >= 5 and set(counts) == {0}

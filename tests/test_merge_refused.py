@@ -75,7 +75,7 @@ def test_a_written_tensor_that_reads_back_otherwise_is_refused(
         content[-1] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(merge_module, "save_file", failing_disk)
+    monkeypatch.setattr(merge_module, "save_safetensors", failing_disk)
     adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
     with pytest.raises(UserError, match="is not what was written; the disk may be failing"):
         merge(base, adapter, tmp_path / "merged")

@@ -1,5 +1,6 @@
 """Small random Hugging Face models on disk, and the same models in our modules: what several tests start from."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,14 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object], file: 
     tensors = {name: tensor.clone() for name, tensor in load_file(path / file).items()}
     edit(tensors)
     save_file(tensors, path / file, metadata={"format": "pt"})
+
+
+def linked_as_the_hub_does(base: Path, root: Path) -> Path:
+    """The cache's layout: each file of a snapshot is a link to a blob."""
+    blobs, snapshot = root / "models--org--name" / "blobs", root / "models--org--name" / "snapshots" / "1f2e"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in base.iterdir():
+        shutil.copy(file, blobs / f"sha-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/sha-of-{file.name}")
+    return snapshot

@@ -7,6 +7,7 @@ import argparse
 import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -14,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torchft.checks import show
 from torchft.errors import ConfigError, UserError
-from torchft.names import config_names, configs_for, find_config, find_recipe, recipe_names
+from torchft.names import config_names, configs_for, find_recipe, find_recipe_or_config, recipe_names
 
 Commands = Any  # argparse's action for subcommands has no public name
 
@@ -123,9 +125,9 @@ def _merge_command(commands: Commands) -> None:
     example = "tune merge Qwen/Qwen3-0.6B out/adapter ./Qwen3-0.6B-mine"
     summary = "write base model and adapter as one model directory, verified"
     merge = _command(commands, "merge", _merge, summary, example)
-    merge.add_argument("base", help="the model directory that the adapter was trained on")
-    merge.add_argument("adapter", help="a PEFT adapter directory")
-    merge.add_argument("out", help="the directory to write")
+    merge.add_argument("base", metavar="BASE", help="the model directory that the adapter was trained on")
+    merge.add_argument("adapter", metavar="ADAPTER", help="a PEFT adapter directory")
+    merge.add_argument("out", metavar="OUT", help="the directory to write")
     dtypes = ["bfloat16", "float16", "float32"]
     merge.add_argument("--dtype", choices=dtypes, help="of the written weights (default: the base's)")
     merge.add_argument("--nf4-base", action="store_true", help="merge into the 4-bit weights that QLoRA trained on")
@@ -136,7 +138,7 @@ def _generate_command(commands: Commands) -> None:
     summary = "answer a prompt, or chat, with a model and an adapter"
     generate = _command(commands, "generate", _generate, summary, example)
     add = generate.add_argument
-    add("model", help="a model directory, or builtin:tiny_llama")
+    add("model", metavar="MODEL", help="a model directory, or builtin:tiny_llama")
     add("--adapter", default="", help="a PEFT adapter directory")
     add("--prompt", default="", help="one user message; without it a chat starts (/reset, /exit)")
     add("--system", default="", help="a system message before it")
@@ -186,17 +188,12 @@ def _print_families(names: Sequence[str]) -> None:
         print(textwrap.fill("  ".join(mine), 118, initial_indent="    ", subsequent_indent="    "))
 
 
-def _find(name: str) -> Path:
-    """A recipe's or a config's file: the names of shipped recipes have no /, those of configs do."""
-    if not name.endswith(".py") and ("/" in name or name.endswith((".yaml", ".yml"))):
-        return find_config(name)
-    return find_recipe(name)
-
-
 def _cp(args: argparse.Namespace) -> None:
-    source, target = _find(args.name), Path(args.destination)
+    source, target = find_recipe_or_config(args.name), Path(args.destination)
     if target.is_dir():
         target /= source.name
+    if not target.parent.is_dir():
+        raise UserError(f"{target} cannot be written: there is no directory {target.parent}; make it first")
     if target.exists() and target.samefile(source):
         raise UserError(f"{target} is the file to be copied; name another one")
     try:
@@ -211,7 +208,7 @@ def _cp(args: argparse.Namespace) -> None:
 
 
 def _cat(args: argparse.Namespace) -> None:
-    print(_find(args.name).read_text(encoding="utf-8"), end="")
+    print(find_recipe_or_config(args.name).read_text(encoding="utf-8"), end="")
 
 
 def _download(args: argparse.Namespace) -> None:
@@ -236,21 +233,41 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    base = _given_directory("BASE", args.base, "config.json")
+    adapter = _given_directory("ADAPTER", args.adapter, "adapter_config.json")
     import torch
 
-    from torchft.config import resolve_path
     from torchft.merge import merge
 
-    dtypes = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    print(
-        merge(resolve_path(args.base), Path(args.adapter), Path(args.out), dtypes[args.dtype], nf4_base=args.nf4_base)
-    )
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    print(merge(base, adapter, Path(args.out).expanduser(), dtype, nf4_base=args.nf4_base))
 
 
 def _generate(args: argparse.Namespace) -> None:
+    _given_directory("MODEL", args.model, "config.json")
+    if args.adapter:
+        _given_directory("--adapter", args.adapter, "adapter_config.json")
     from torchft.generate import main_generate
 
     main_generate(args)
+
+
+def _given_directory(argument: str, text: str, inside: str) -> Path:
+    """The directory that an argument names. Raises UserError naming the argument if it holds no file `inside`."""
+    from torchft.config import resolve_path
+
+    try:
+        path = resolve_path(text)
+        if (path / inside).is_file():
+            return path
+        is_directory = path.is_dir()
+    except (RuntimeError, OSError) as error:  # no home directory, a name that is too long
+        raise UserError(f"{argument} is {show(text)}: {error}") from None
+    if is_directory:
+        raise UserError(f"{argument} is {show(text)}, a directory without {inside}")
+    is_hub_name = inside == "config.json" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)
+    fix = f"; get it with `tune download {text}`" if is_hub_name else ""
+    raise UserError(f"{argument} is {show(text)}, which is no directory (looked in {Path.cwd()}){fix}")
 
 
 def _note_other_owner() -> None:

@@ -43,8 +43,8 @@ def validate(config: str, overrides: list[str]) -> None:
     """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails."""
     cfg = read_config(Options, config, overrides)
     print(f"config  ok: {config}", flush=True)  # up to here without torch: a typo is found in a moment
-    new_ids = check_data(cfg)
-    check_model(cfg, new_ids)
+    tokenizer, *datasets = check_data(cfg)
+    check_model(cfg, tokenizer, *datasets)
 
 
 def show_data(config: str, overrides: list[str], examples: int) -> None:
@@ -75,31 +75,37 @@ def load_data(cfg: Options) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
     return tokenizer, loader, valid
 
 
-def check_data(cfg: Options) -> range:
-    """Tokenises all data and prints what the run would read. Returns the ids of lora.new_tokens."""
+def check_data(cfg: Options) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
+    """Tokenises all data and prints what the run would read. Returns (tokenizer, training data, validation data)."""
     tokenizer, loader, valid = load_data(cfg)
     held_out = 0 if valid is None else len(valid)
     print(f"data    ok: {len(loader.dataset):,} examples, {held_out:,} held out")
     print(textwrap.indent(loader.summary(), INDENT), flush=True)
-    return tokenizer.added_ids
+    return tokenizer, loader.dataset, valid
 
 
-def check_model(cfg: Options, new_ids: range) -> None:
-    """Builds the model on meta and prints its parameters, what is trained, and the memory and disk that they take."""
+def check_model(cfg: Options, tokenizer: "Tokenizer", *datasets: "Dataset | None") -> None:
+    """Builds the model on meta and prints its parameters, what is trained, and the memory and disk that they take.
+
+    Raises UserError also if the model has no row for an id of the data.
+    """
+    from torchft.fit import check_ids
     from torchft.modules.lora import trainable_parameters
 
     try:
-        model, reports = build(cfg, new_ids)
+        model, reports = build(cfg, tokenizer.added_ids)
     except UserError:
         raise
     except ValueError as error:  # torchft.models and torchft.modules do not know UserError
         raise UserError(str(error)) from None
+    check_ids(model.config, tokenizer, *datasets)
     trained = sum(param.numel() for param in trainable_parameters(model).values())
     total = sum(param.numel() for param in model.parameters())
     print(f"model   ok: {total:,} parameters, {trained:,} of them trained")
     print(textwrap.indent("\n".join(reports), INDENT))
     frozen = size(frozen_bytes(model, cfg.model.dtype))
-    print(f"{INDENT}memory: {frozen} for frozen weights, {size(trained * TRAINED_BYTES)} for what is trained")
+    trained_size = size(trained * TRAINED_BYTES)
+    print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * SAVED_BYTES * (cfg.run.keep_last + 2))
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from torchft.atomic import fsync
@@ -55,8 +55,21 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> b
     """A safetensors file in memory, the same bytes each time: the library writes `metadata` in no particular order."""
     data = save(tensors, metadata)
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
-    assert len(text) == end - 8, "only the order changes"
-    return data[:8] + text + data[end:]
+    return data[:8] + _with_sorted_metadata(data[8:end]) + data[end:]
+
+
+def save_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write the same bytes as `safetensors_bytes` makes, without a second copy of the tensors in memory."""
+    save_file(tensors, file, metadata)
+    with file.open("r+b") as written:
+        header = written.read(int.from_bytes(written.read(8), "little"))
+        written.seek(8)
+        written.write(_with_sorted_metadata(header))
+
+
+def _with_sorted_metadata(header: bytes) -> bytes:
+    fields = json.loads(header)
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
+    assert len(text) == len(header), "only the order changes"
+    return text

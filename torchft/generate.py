@@ -268,13 +268,19 @@ def _opening(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _typed_lines() -> Iterator[str]:
-    """What the user types, line by line, without empty ones, until /exit, Ctrl-D or Ctrl-C."""
-    print("Chat with the model. /reset forgets the conversation, /exit or Ctrl-D ends it.")
+    """What the user types, line by line, without empty ones, until /exit, Ctrl-D or Ctrl-C.
+
+    Lines from a file or a pipe are not prompted for, so that the output holds nothing but answers.
+    """
+    typed = sys.stdin.isatty()
+    if typed:
+        print("Chat with the model. /reset forgets the conversation, /exit or Ctrl-D ends it.")
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " if typed else "").strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            if typed:
+                print()
             return
         if line == "/exit":
             return

@@ -4,6 +4,7 @@ Exactly the tensors of the index are used, each from the file it names, and noth
 opened. Pickled files are refused by their names.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NAMED_AT_ONCE = 8  # tensors listed in one message
+PIECES, PIECE_BYTES = 16, 2**16  # of each file's data, for its fingerprint
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(
-            f"model.path: {folder} is no directory; `tune download <org>/<name>` makes one from a hub model"
-        )
+        raise UserError(f"{folder} is no model directory; `tune download <org>/<name>` makes one from a hub model")
     has_single, has_index = (folder / SINGLE).exists(), (folder / INDEX).exists()
     if has_single and has_index and set(_weight_map(folder).values()) != {SINGLE}:
         raise UserError(
@@ -76,12 +76,52 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raise UserError(_why_no_weights(folder))
 
 
+def fingerprint(path: str | Path) -> str:
+    """An identity of a model directory: is this still the base model that a checkpoint was trained on?
+
+    SHA-256 over config.json and, of each safetensors file in use, its name, size, header and 16 pieces of 64 KiB that
+    are spread evenly over its data; smaller files count whole. A directory that was copied, or linked by the hub's
+    cache, keeps its value. The trade: reading all of an 8B model's 16 GB would take too long at every start, so bytes
+    changed between the pieces go unseen. Another model, revision, dtype or fine-tune changes weights everywhere, and is
+    seen; one tensor edited in place may not be. It is no protection against someone who wants to deceive.
+
+    Raises:
+        UserError: as `open_checkpoint`, or config.json is missing.
+    """
+    folder = open_checkpoint(path).path
+    files = sorted(set(_weight_map(folder).values())) if (folder / INDEX).exists() else [SINGLE]
+    digest = hashlib.sha256()
+    try:
+        config = contained(folder, "config.json").read_bytes()
+        digest.update(f"config.json {len(config)}\n".encode() + config)
+        for name in files:  # as the directory calls them: the hub's cache keeps them elsewhere under other names
+            _add_weights(digest, name, contained(folder, name))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _add_weights(digest: "hashlib._Hash", name: str, path: Path) -> None:
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        digest.update(f"{name} {size}\n".encode() + length + header)
+        start = file.tell()
+        if size - start <= PIECES * PIECE_BYTES:
+            digest.update(file.read())
+            return
+        for i in range(PIECES):
+            file.seek(start + i * (size - start - PIECE_BYTES) // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
+
+
 def _why_no_weights(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir())
     pickled = [name for name in names if name.endswith(PICKLED)]
     if "adapter_model.safetensors" in names:
         return (
-            f"{folder} is an adapter, not a model; give its base model as model.path and this directory as lora.adapter"
+            f"{folder} is an adapter, not a model; give the model it was trained on as the model, and it as the adapter"
         )
     if pickled:
         return (

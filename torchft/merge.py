@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchft.adapter import adapter_tensors, attach_adapter, load_adapter, probe_logits, read_tensors, weights_file
 from torchft.atomic import write_bytes
 from torchft.errors import UserError
-from torchft.export import export_directory
+from torchft.export import export_directory, save_safetensors
 from torchft.hf_checkpoint import INDEX, SINGLE, Checkpoint, contained, open_checkpoint
 from torchft.models import build_model, read_config
 from torchft.modules import nf4
@@ -213,7 +212,7 @@ def _write_shard(parts: _Parts, file: Path, dtypes: dict[str, torch.dtype]) -> i
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{name} holds NaN or infinity after merging in {dtype}; use --dtype float32")
         num_changed += not torch.equal(tensors[name], base.to(dtype))
-    save_file(tensors, file, {"format": "pt", "merged_into": parts.base_words})
+    save_safetensors(tensors, file, {"format": "pt", "merged_into": parts.base_words})
     _read_back(file, tensors)
     return num_changed
 

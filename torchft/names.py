@@ -129,7 +129,9 @@ def find_recipe(name: str) -> Path:
         raise UserError(
             f"{name} was torchtune's name for {target}, which is not here yet; recipes: {', '.join(shipped)}"
         )
-    raise UserError(f"there is no recipe {name!r}; {_nearest(name, shipped)}, or give the path of a .py file")
+    raise UserError(
+        f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {_nearest(name, shipped)}"
+    )
 
 
 def find_config(name: str) -> Path:
@@ -146,6 +148,18 @@ def find_config(name: str) -> Path:
     hint = f"did you mean the shipped config {bare}?" if bare in shipped else _nearest(bare, shipped)
     raise ConfigError(
         f"there is no config {name!r}, neither a file (looked in {Path.cwd()}) nor a shipped name; {hint}"
+    )
+
+
+def find_recipe_or_config(name: str) -> Path:
+    """The file of either. The names of shipped recipes have no /, those of configs do. Raises UserError for neither."""
+    if "/" in name or name.endswith((".py", ".yaml", ".yml")):
+        return find_recipe(name) if name.endswith(".py") else find_config(name)
+    if name in [*recipe_names(), *RECIPE_ALIASES]:
+        return find_recipe(name)
+    recipe, config = nearest(name, recipe_names()), nearest(name, config_names())
+    raise UserError(
+        f"neither a recipe nor a config is called {name!r}; the nearest names are {recipe} and {config} (tune ls)"
     )
 
 

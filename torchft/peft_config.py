@@ -97,7 +97,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         fields = json.loads(file.read_bytes().decode(), object_pairs_hook=unique_keys)
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); lora.adapter must name a PEFT adapter directory"
+            f"{file} cannot be read ({error.strerror}); a PEFT adapter is a directory with this file"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy the adapter again") from None

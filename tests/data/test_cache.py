@@ -32,7 +32,9 @@ def test_the_second_build_takes_the_tokens_from_the_cache(build, monkeypatch, tm
     (file,) = (tmp_path / "cache" / "torchft" / "tokens").iterdir()
     monkeypatch.setattr(samples, "tokenize_chat", refuse)
     again = build(ROWS, use_cache=True, max_bad_rows=0.5)
-    assert same(first, again) and again.cache_note == f"from {file}"
+    assert same(first, again) and again.cache_note == f"from the cache, {file.parent}/{file.name[:8]}*"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_note("0123456789") == "from the cache, ~/cache/torchft/tokens/01234567*"
     assert again.example(1).messages[1]["content"] == "a1"
 
 

@@ -56,6 +56,35 @@ def test_too_many_bad_rows_are_refused_with_places_and_counts(build):
     )
 
 
+@pytest.mark.parametrize("policy", ["drop", "right"])
+def test_rows_beyond_the_limit_are_answered_with_what_to_set_it_to(build, policy):
+    """The longest stands there even where it is not one of the first five, which are named."""
+    question = "q" * 70 if policy == "right" else "q"  # the prompt alone is beyond the limit
+    rows = [row(question, "a" * n) for n in (70, 71, 72, 73, 74, 200, 75)]
+    with pytest.raises(UserError) as caught:
+        build(rows, truncation=policy)
+    advice = str(caught.value).splitlines()[-2]
+    longest = len(question) + 200 + 3  # <b>, <sep> and <e>
+    if policy == "drop":
+        assert advice == (
+            f"the longest row that was tokenised has {longest} tokens: raise data.max_seq_len, or cut long rows with "
+            "data.truncation=right"
+        )
+    else:
+        assert advice == f"the longest row that was tokenised has {longest} tokens: raise data.max_seq_len"
+
+
+def test_a_row_too_long_to_be_counted_gets_the_advice_without_a_number(build):
+    with pytest.raises(UserError, match=r"100,001 characters\nraise data\.max_seq_len, or cut .*\.truncation=right\n"):
+        build([row("q", "a" * 100_000)])
+
+
+@pytest.mark.parametrize("name, content", [("t.jsonl", ""), ("t.jsonl", " \n\n"), ("t.json", "[]"), ("t.csv", "a,b\n")])
+def test_an_empty_source_is_called_empty(build, name, content):
+    with pytest.raises(UserError, match=rf"data\.train\[0\]: .*0{name} is empty, there is no row in it; name another"):
+        build(content, name=name)
+
+
 def test_a_source_without_a_usable_row_is_refused_whatever_the_threshold(build):
     with pytest.raises(UserError, match="1 of 1 rows"):
         build([row("q", "")], max_bad_rows=1.0)
@@ -63,8 +92,6 @@ def test_a_source_without_a_usable_row_is_refused_whatever_the_threshold(build):
         UserError, match=r"data\.train\[1\]: none of the 2 rows .* can be read; the first, .*1t\.jsonl:1: broken"
     ):
         build([row("q", "a")], "{\n{\n", max_bad_rows=1.0)
-    with pytest.raises(UserError, match="none of the 0 rows"):
-        build("", max_bad_rows=1.0)
     with pytest.raises(UserError, match=r"data\.valid: no data"):
         build(key="data.valid")
 

@@ -83,7 +83,7 @@ def test_json_data_object_and_empty_arrays(tmp_path):
         ('{"data": [{"a": 1}],\n "version": 2}', r't\.json:1: broken JSON: .*beside "data" no other key is read'),
         ('{"rows": [{"a": 1}]}', r't\.json:1: expected an array of rows, or \{"data": \[\.\.\.\]\}'),
         ('{"a": 1}\n{"a": 2}', r"one object per line is \.jsonl"),
-        ("", r"t\.json:1: expected an array"),
+        ("", r"t\.json:1: the file is empty; expected an array"),
         ("[" * 100_000, r"t\.json:1: JSON nested too deeply"),
     ],
 )

@@ -237,7 +237,7 @@ def test_saving_copies_the_files(tmp_path, shared_data):
 
 
 def test_errors_name_the_file_and_the_fix(tmp_path, shared_data):
-    with pytest.raises(UserError, match=r"no tokenizer\.json and no tokenizer\.model; model\.path must be"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json and no tokenizer\.model; a model directory has"):
         load_tokenizer(tmp_path)
     path = tmp_path / "t"
     path.mkdir()

@@ -205,6 +205,27 @@ def test_quantising_on_meta_keeps_names_and_stays_on_meta(quantized: tuple[Model
     assert type(model.layers[0].o_proj) is NF4Linear
 
 
+def test_quantising_on_meta_asks_torchao_once_per_shape_and_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """70B: 560 linears of 5 shapes. What is copied from the first of a shape must be what torchao would have made."""
+    asked, encode = [], nf4.torchao_to_nf4
+    monkeypatch.setattr(nf4, "torchao_to_nf4", lambda weight, *sizes: asked.append(weight) or encode(weight, *sizes))
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(n, 128, dtype=d) for d in DTYPES for n in (256, 384) for _ in range(3)))
+    model.requires_grad_(False)
+    assert len(quantize_nf4(model).quantized) == 12
+    assert len(asked) == 4
+    weights = [module.weight for module in model]
+    fields = ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean", "nf4")
+    assert len({id(getattr(weight, name)) for weight in weights for name in fields}) == 5 * 12
+    for weight in weights:
+        alone = to_nf4(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        assert (weight.dtype, weight.device, weight.requires_grad) == (alone.dtype, alone.device, False)
+        assert (weight.block_size, weight.scaler_block_size, weight.n_blocks) == (64, 256, alone.n_blocks)
+        for name in fields:
+            one, other = getattr(weight, name), getattr(alone, name)
+            assert (one.shape, one.dtype, one.stride(), one.is_meta) == (other.shape, other.dtype, other.stride(), True)
+
+
 def test_quantize_real_weights_keeps_bias_and_computes_with_them() -> None:
     torch.manual_seed(0)
     model = Model().requires_grad_(False)

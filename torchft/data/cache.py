@@ -78,6 +78,14 @@ def cache_file(key: str) -> Path:
     return folder / "torchft" / "tokens" / f"{key}.safetensors"
 
 
+def cache_note(key: str) -> str:
+    """The file of a key for people: the first of its 64 digits are enough to find it."""
+    folder = cache_file(key).parent
+    home = Path.home()
+    short = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+    return f"from the cache, {short}/{key[:8]}*"
+
+
 def load_arrays(key: str, quiet: bool = False) -> tuple[Arrays, dict[str, Any]] | None:
     """The arrays and facts stored under a key; None if there are none, or if they are damaged, which is said."""
     path = cache_file(key)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from torchft.config import DataConfig, SourceConfig
-from torchft.data.cache import cache_file, cache_key, hash_arrays, load_arrays, store_arrays
+from torchft.data.cache import cache_key, cache_note, hash_arrays, load_arrays, store_arrays
 from torchft.data.chat_template import ChatTemplate
 from torchft.data.formats import Example, to_example
 from torchft.data.layout import Layout, detect_layout
@@ -43,6 +43,7 @@ class SourceReport:
     reasons: Counter[str] = field(default_factory=Counter)  # rows dropped: reason -> how many
     places: dict[str, list[str]] = field(default_factory=dict)  # reason -> "file:line: detail" of the first few
     notes: Counter[str] = field(default_factory=Counter)  # what happened to rows that are used
+    longest_dropped: int = 0  # tokens of the longest row that was dropped for its length; 0 = none was counted
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -57,6 +58,7 @@ class SourceReport:
     def drop(self, where: str, error: BadRow) -> None:
         """Count a row as dropped."""
         self.reasons[error.reason] += 1
+        self.longest_dropped = max(self.longest_dropped, error.num_tokens)
         places = self.places.setdefault(error.reason, [])
         if len(places) < FIRST:
             places.append(f"{where}: {error.detail}" if error.detail else where)
@@ -144,7 +146,7 @@ def build_dataset(
     if stored is not None:
         arrays, facts = stored
         reports = [SourceReport.from_json(report) for report in facts["reports"]]
-        return Dataset(**arrays, sources=sources, reports=reports, key=key, cache_note=f"from {cache_file(entry)}")
+        return Dataset(**arrays, sources=sources, reports=reports, key=key, cache_note=cache_note(entry))
     dataset = _tokenize_sources(sources, data_cfg, tokenizer, template, key=key, quiet=quiet)
     if use_cache:
         store_arrays(entry, dataset.arrays, {"reports": [report.to_json() for report in dataset.reports]}, quiet)
@@ -176,7 +178,7 @@ def _tokenize_sources(
                 samples += made
                 owners += [(number, index)] * len(made)
                 bar.update()
-            _check_bad_rows(report, data_cfg.max_bad_rows, heres[number])
+            _check_bad_rows(report, data_cfg, heres[number])
     lengths = np.array([len(ids) for ids, _ in samples], np.int64)
     where = np.array(owners, np.int64)
     return Dataset(
@@ -207,9 +209,11 @@ def _count_samples(
 
 
 def _layout(rows: list[Row], source: SourceConfig, template: ChatTemplate | None, here: str) -> Layout:
+    if not rows:
+        raise UserError(f"{here}: {source.path} is empty, there is no row in it; name another file or leave it out")
     if not any(row.values is not None for row in rows):
-        first = f"; the first, {rows[0].where}: {rows[0].problem}" if rows else ""
-        raise UserError(f"{here}: none of the {len(rows)} rows of {source.path} can be read{first}")
+        first = f"{rows[0].where}: {rows[0].problem}"
+        raise UserError(f"{here}: none of the {len(rows)} rows of {source.path} can be read; the first, {first}")
     layout = detect_layout(rows, source, here)
     if layout.format != "text" and template is None:
         raise UserError(
@@ -219,10 +223,10 @@ def _layout(rows: list[Row], source: SourceConfig, template: ChatTemplate | None
     return layout
 
 
-def _check_bad_rows(report: SourceReport, max_bad_rows: float, here: str) -> None:
+def _check_bad_rows(report: SourceReport, data_cfg: DataConfig, here: str) -> None:
     bad = report.read - report.used
     assert bad == report.reasons.total(), (bad, report.reasons)
-    if report.used and bad <= max_bad_rows * report.read:
+    if report.used and bad <= data_cfg.max_bad_rows * report.read:
         return
     lines = [
         f"  {count:,} {reason}: {'; '.join(report.places[reason])}{' ...' if count > FIRST else ''}"
@@ -232,13 +236,25 @@ def _check_bad_rows(report: SourceReport, max_bad_rows: float, here: str) -> Non
         "\n".join(
             [
                 f"{here}: {bad:,} of {report.read:,} rows of {report.name} cannot be used "
-                f"({100 * bad / report.read:.1f}%, data.max_bad_rows allows {100 * max_bad_rows:g}%"
+                f"({100 * bad / report.read:.1f}%, data.max_bad_rows allows {100 * data_cfg.max_bad_rows:g}%"
                 f"{'' if report.used else '; none is left'}):",
                 *lines,
+                *_length_advice(report, data_cfg),
                 "mend the rows, or change the options named, or raise data.max_bad_rows to drop them",
             ]
         )
     )
+
+
+def _length_advice(report: SourceReport, data_cfg: DataConfig) -> list[str]:
+    """A line on what to do about rows that are too long, if there are any."""
+    if not any("data.max_seq_len=" in reason for reason in report.reasons):
+        return []
+    known = (
+        f"the longest row that was tokenised has {report.longest_dropped:,} tokens: " if report.longest_dropped else ""
+    )
+    cut = ", or cut long rows with data.truncation=right" if data_cfg.truncation == "drop" else ""
+    return [f"{known}raise data.max_seq_len{cut}"]
 
 
 def build_datasets(

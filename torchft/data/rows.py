@@ -7,11 +7,12 @@ from typing import Any
 
 
 class BadRow(ValueError):
-    """One row cannot be used. `reason` is what it is counted under, `detail` says more about this row."""
+    """One row cannot be used. `reason` is what it is counted under, `detail` says more about this row, and `num_tokens`
+    how many it has where there are too many."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", num_tokens: int = 0) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.num_tokens = reason, detail, num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,11 +56,11 @@ def _truncate(done: Tokenized, data_cfg: DataConfig) -> tuple[list[Sample], Coun
     """The sample of a conversation within the limit, by the policy. Raises: BadRow if none is left."""
     limit, length, notes = data_cfg.max_seq_len, len(done.ids), Counter(done.notes)
     if length > limit and data_cfg.truncation == "drop":
-        raise BadRow(f"longer than data.max_seq_len={limit}", f"{length:,} tokens")
+        raise BadRow(f"longer than data.max_seq_len={limit}", f"{length:,} tokens", length)
     # what follows the limit is gone, the end token too: a cut answer is not taught to stop there
     ids, trained = np.array(done.ids[:limit], np.int32), np.array(done.trained[:limit], bool)
     if not trained[1:].any():
-        raise BadRow(f"no answer left within data.max_seq_len={limit}", f"{length:,} tokens")
+        raise BadRow(f"no answer left within data.max_seq_len={limit}", f"{length:,} tokens", length)
     if length > limit:
         notes["cut at data.max_seq_len"] += 1
     return [(ids, trained)], notes

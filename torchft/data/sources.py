@@ -129,8 +129,9 @@ def _read_json(text: str, name: str, key: str) -> Iterator[Row]:
 
     start = JSON_ARRAY.match(text)
     if start is None:
+        empty = "the file is empty; " * (not text.strip())
         raise UserError(
-            f'{name}:1: expected an array of rows, or {{"data": [...]}} ({key}.path); one object per line is .jsonl'
+            f'{name}:1: {empty}expected an array of rows, or {{"data": [...]}} ({key}.path); one object per line is .jsonl'
         )
     decoder, problems = strict_decoder()
     position, line, counted = _skip_space(text, start.end()), 1, 0

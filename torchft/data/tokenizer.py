@@ -178,9 +178,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     path = Path(path)
     files = [path / name for name in FILES if (path / name).is_file()]
     if not files or files[0].name not in ("tokenizer.json", "tokenizer.model"):
-        raise UserError(
-            f"{path}: no tokenizer.json and no tokenizer.model; model.path must be a model directory with one"
-        )
+        raise UserError(f"{path}: no tokenizer.json and no tokenizer.model; a model directory has one of them")
     config = read_config(path)
     if files[0].name == "tokenizer.json":
         return _load_hub(path, files, config)
