@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from torchft.modules.compiler import missing_compiler
-from torch.autograd.function import FunctionCtx
 
 
 @contextmanager

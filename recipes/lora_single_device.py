@@ -27,6 +27,7 @@ from torchft.device import compile_blocks, setup_device
 from torchft.distributed import require_single_process
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.generate import Answer, answer_examples, eval_mode, exact_match, first_conversations
+from torchft.hf_checkpoint import fingerprint
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.checkpointing import apply_activation_checkpointing
@@ -121,6 +122,7 @@ def main(cfg: Config) -> None:
 
     # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
     state, fingerprints = {}, {"data": train.fingerprint, "valid": valid.fingerprint if valid else None}
+    fingerprints["model"] = None if cfg.model.weights == "random" else fingerprint(path)
     if checkpoint:
         state = load_checkpoint(checkpoint, params=params, optimizer=optimizer, unchanged=fingerprints)
     first_step = state.get("step", 0) + 1

@@ -12,8 +12,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from torchft.ranks import rank
 from torchft.errors import ConfigError, UserError
+from torchft.ranks import rank
 
 MODELS = (Path(__file__).parent / "models").resolve()
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
