@@ -13,6 +13,7 @@ from torchft.config import DataConfig, SourceConfig
 from torchft.data import cache, samples, sandbox
 from torchft.data.chat_template import ChatTemplate
 from torchft.data.tokenizer import load_tokenizer
+from torchft.errors import UserError
 
 ROWS = [row("q0", "a0"), row("q1", "a1"), row("q2", None)]
 
@@ -105,6 +106,9 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(build, b
     assert built[0].fingerprint == built[1].fingerprint
     assert built[0].reports[0].notes == {"the chat template's date is 26 Jul 2024, whatever the day": 2}
     assert byte_model[0].decode(built[0].ids.tolist()).startswith("26 Jul 2024")
+    shouting = ChatTemplate(source.replace("m.content", "m.content | upper"), byte_model[1].special)
+    with pytest.raises(UserError, match=r"1 nothing to train: ((?!date).)*\n"):  # which the date is no reason for
+        build([row("q", "a")], template=shouting)
     assert not build(ROWS, max_bad_rows=0.5).reports[0].notes
 
 

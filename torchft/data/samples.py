@@ -41,10 +41,10 @@ def make_samples(
         raise BadRow("the chat template refuses it", str(error)) from None
     except UserError as error:
         raise UserError(f"{example.where}: {error}") from None
-    if template.is_dated:
-        done.notes[f"the chat template's date is {NOW:%d %b %Y}, whatever the day"] += 1
     if not any(done.trained[1:]):
         raise BadRow("nothing to train", ", ".join(done.notes))
+    if template.is_dated:
+        done.notes[f"the chat template's date is {NOW:%d %b %Y}, whatever the day"] += 1
     return _truncate(done, data_cfg)
 
 
