@@ -29,7 +29,7 @@ def build(byte_model, tmp_path, monkeypatch):
             files.append(SourceConfig(path=str(path), **sources[number]))
         cfg = DataConfig(train=files, **{"max_seq_len": 64, "max_bad_rows": 0.0} | options)
         return build_dataset(
-            files, cfg, byte_model[0], byte_model[1] if template else None, key=key, use_cache=use_cache
+            files, cfg, byte_model[0], byte_model[1] if template is True else template, key=key, use_cache=use_cache
         )
 
     return make

@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections import Counter
+from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from byte_tokenizer import row, write_tokenizer
 
 from torchft.config import DataConfig, SourceConfig
-from torchft.data import cache, samples
+from torchft.data import cache, samples, sandbox
+from torchft.data.chat_template import ChatTemplate
 from torchft.data.tokenizer import load_tokenizer
+from torchft.errors import UserError
 
 ROWS = [row("q0", "a0"), row("q1", "a1"), row("q2", None)]
 
@@ -91,18 +95,21 @@ def test_every_input_changes_the_key(byte_model, tmp_path, monkeypatch):
     assert len(set(keys.values())) == len(keys), Counter(keys.values()).most_common(1)
 
 
-def test_a_template_that_prints_the_date_is_keyed_by_the_day(byte_model, tmp_path, monkeypatch):
-    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
-    dated = type(byte_model[1])("{{ strftime_now('%d') }}", byte_model[1].special)
-
-    def key(day, template):
-        monkeypatch.setattr(cache.time, "strftime", lambda form: day)
-        return cache.cache_key(
-            [SourceConfig(path=str(tmp_path / "t.jsonl"))], DataConfig(), byte_model[0], template, "data.train"
-        )
-
-    assert key("2024-01-01", dated) != key("2024-01-02", dated)
-    assert key("2024-01-01", byte_model[1]) == key("2024-01-02", byte_model[1])
+def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(build, byte_model, monkeypatch):
+    """Else a run could not be resumed after midnight: its data would have another fingerprint. That it is dated is said."""
+    source = "{{ strftime_now('%d %b %Y') }}" + byte_model[1].source
+    dated = ChatTemplate(source, byte_model[1].special)
+    built = []
+    for day in (1, 2):
+        monkeypatch.setattr(sandbox, "datetime", SimpleNamespace(now=lambda day=day: datetime(2030, 1, day)))
+        built.append(build(ROWS, template=dated, max_bad_rows=0.5))
+    assert built[0].fingerprint == built[1].fingerprint
+    assert built[0].reports[0].notes == {"the chat template's date is 26 Jul 2024, whatever the day": 2}
+    assert byte_model[0].decode(built[0].ids.tolist()).startswith("26 Jul 2024")
+    shouting = ChatTemplate(source.replace("m.content", "m.content | upper"), byte_model[1].special)
+    with pytest.raises(UserError, match=r"1 nothing to train: ((?!date).)*\n"):  # which the date is no reason for
+        build([row("q", "a")], template=shouting)
+    assert not build(ROWS, max_bad_rows=0.5).reports[0].notes
 
 
 @pytest.mark.parametrize("damage", ["flip", "flip in the report", "cut", "empty", "other"])

@@ -1,8 +1,11 @@
 """Rendering against transformers' own, whose text is whose, errors, the shipped templates and their choice."""
 
+from datetime import datetime
+
 import pytest
 from tokenizers_for_tests import for_template
 
+from torchft.data import sandbox
 from torchft.data.chat_template import SHIPPED, ChatTemplate, RowError, load_template
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
@@ -97,6 +100,26 @@ def test_prints_what_transformers_prints_and_knows_whose_it_is(source):
     got = render(source)
     assert got.text == want[0]
     assert own(got, 0) == SAME[source]
+
+
+# As Llama 3.2's: today's date, unless the caller gives one, or the library has none to give.
+DATED = """{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
+{%- endif %}
+{{- "Today Date: " + date_string }}: {{ messages[0].content }}"""
+
+
+def test_the_date_is_fixed_and_all_else_is_transformers(monkeypatch):
+    """transformers prints today's: with that as our fixed date, or ours as its date_string, the two are equal."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    want, _ = render_jinja_template([CHAT], chat_template=DATED, date_string="26 Jul 2024", **SPECIAL)
+    assert render(DATED).text == want[0]
+    assert render(DATED, date_string="1 May 2025").text.startswith("Today Date: 1 May 2025: ")
+    monkeypatch.setattr(sandbox, "NOW", datetime.now())
+    want, _ = render_jinja_template([CHAT], chat_template=DATED, **SPECIAL)
+    assert render(DATED).text == want[0]
 
 
 def test_roles_are_the_templates_and_unknown_roles_the_rows():

@@ -60,8 +60,8 @@ def test_a_text_is_cut_into_pieces_that_train_every_token_once(build, byte_model
 
 
 def test_a_text_file_is_a_document_and_needs_no_template(build, byte_model):
-    assert texts(build("ab\ncd\n", name="t.txt", template=False), byte_model[0]) == [("<b>ab\ncd\n<e>", "ab\ncd\n<e>")]
+    assert texts(build("ab\ncd\n", name="t.txt", template=None), byte_model[0]) == [("<b>ab\ncd\n<e>", "ab\ncd\n<e>")]
     with pytest.raises(
         UserError, match=r"data\.train\[0\]: .* holds conversations .* set data\.chat_template to chatml"
     ):
-        build([row("q", "a")], template=False)
+        build([row("q", "a")], template=None)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -44,8 +43,6 @@ def cache_key(
         "added": tokenizer.added,  # by lora.new_tokens: they are in no file yet
         "special_tokens": tokenizer.special_tokens,
         "template": template and [template.source, template.tools_source, template.special],
-        # a template that prints the date (Llama 3.2's) gives other tokens tomorrow
-        "today": time.strftime("%Y-%m-%d") if template and "strftime_now" in template.source else None,
         "code": [_hash_file(file) for file in sorted(CODE.glob("*.py"))],
         "libraries": [metadata.version(name) for name in LIBRARIES],
         "options": options,

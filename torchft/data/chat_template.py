@@ -109,6 +109,11 @@ class ChatTemplate:
         finally:
             BUDGET.stop()
 
+    @property
+    def is_dated(self) -> bool:
+        """Whether it prints the current date, for which it gets a fixed one (sandbox.py)."""
+        return "strftime_now" in self.source + (self.tools_source or "")
+
     @functools.cached_property
     def generation_prompt(self) -> str:
         """What the template writes where an answer begins, e.g. `<|im_start|>assistant` and a newline; or ""."""

@@ -14,6 +14,7 @@ from torchft.config import DataConfig
 from torchft.data.chat_template import ChatTemplate, RowError
 from torchft.data.formats import Example
 from torchft.data.rows import BadRow
+from torchft.data.sandbox import NOW
 from torchft.data.tokenize import Tokenized, tokenize_chat, tokenize_text
 from torchft.data.tokenizer import Tokenizer
 from torchft.errors import UserError
@@ -42,6 +43,8 @@ def make_samples(
         raise UserError(f"{example.where}: {error}") from None
     if not any(done.trained[1:]):
         raise BadRow("nothing to train", ", ".join(done.notes))
+    if template.is_dated:
+        done.notes[f"the chat template's date is {NOW:%d %b %Y}, whatever the day"] += 1
     return _truncate(done, data_cfg)
 
 

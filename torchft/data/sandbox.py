@@ -1,6 +1,7 @@
 """The Jinja environment of chat templates: what transformers gives a template, sandboxed, bounded and origin-keeping.
 
-Three changes to Jinja's own ImmutableSandboxedEnvironment, none to what a well-behaved template prints:
+Four changes to Jinja's own ImmutableSandboxedEnvironment, none but the first to what a well-behaved template prints:
+- strftime_now tells one fixed date: with today's, a data set would have other tokens tomorrow, and its run no resume.
 - row text stays `Tracked`: a literal gets Tracked's methods when one is called on it; `~`, `%`, str.format, output and
   filters are our own functions; a filter that gives a plain string for row text gives text derived from it.
 - every loop turn, call, filter and operator draws on the budget (limits.py), before it makes something large.
@@ -34,6 +35,8 @@ EXACT_FILTERS = frozenset(
     "first last min max default d attr tojson join format replace indent truncate string safe trim upper lower".split()
 )
 SIZED_FILTERS = frozenset(("center", "batch", "slice", "round"))  # a number given to them is the size of what they make
+# What strftime_now says: the date that Llama 3.1's template holds, and Llama 3.2's where there is no strftime_now.
+NOW = datetime(2024, 7, 26)
 REFUSED_NODES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.ScopedEvalContextModifier)
 
 
@@ -42,7 +45,7 @@ def _raise_exception(message: Any) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    return derived(datetime.now().strftime(form), form)
+    return derived(NOW.strftime(form), form)
 
 
 def _tojson(
