@@ -85,9 +85,11 @@ def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
     (folder / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
 
 
-def run_recipe(case: str, timeout_s: int) -> dict:
-    """Run one case through the recipe and reduce its log to the figures of a record."""
+def run_recipe(case: str, timeout_s: int, gpus: int = 0) -> dict:
+    """Run one case through the recipe and reduce its log to the figures of a record; `gpus`: of the distributed one."""
     config, overrides = case_overrides(case)
+    recipe = [f"--nproc_per_node={gpus}", "lora_distributed"] if gpus else ["lora_single_device"]
+    overrides["run.global_batch_size"] *= max(1, gpus)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         steps = WARMUP_STEPS + MEASURED_STEPS
@@ -103,7 +105,7 @@ def run_recipe(case: str, timeout_s: int) -> dict:
             "run.sample_rows": 0,
         }
         args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()]
-        command = [sys.executable, "-m", "torchft", "run", "lora_single_device", *args]
+        command = [sys.executable, "-m", "torchft", "run", *recipe, *args]
         subprocess.run(command, check=True, timeout=timeout_s, cwd=REPO)
         records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
     return reduce_log([r for r in records if "tokens_per_s" in r])
@@ -132,7 +134,7 @@ def run_baseline(name: str, case: str, timeout_s: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment() -> dict:
+def environment(gpus: int) -> dict:
     """Where and with what a record was measured."""
     import torch
     import triton
@@ -145,7 +147,7 @@ def environment() -> dict:
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "gpu": torch.cuda.get_device_name(),
-        "num_gpus": 1,
+        "num_gpus": max(1, gpus),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
     }
 
@@ -153,6 +155,9 @@ def environment() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", default=[], help="may be repeated; see --list")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="lora_distributed on so many GPUs, the batch times that; 0: lora_single_device"
+    )
     parser.add_argument("--baseline", action="append", default=[], help="a script in scripts/baselines, e.g. hf_peft")
     parser.add_argument("--records", type=Path, default=REPO / "docs/records.jsonl", help="JSON lines are appended here")
     parser.add_argument("--timeout", type=int, default=240, help="seconds per case and per baseline")
@@ -165,9 +170,10 @@ def main() -> None:
         raise SystemExit(f"error: no case {', '.join(unknown)}; --list prints those there are")
     for case in args.case:
         try:
-            command = " ".join(["python scripts/bench.py --case", case, *(f"--baseline {name}" for name in args.baseline)])
-            measured = run_recipe(case, args.timeout)
-            record = {"case": case, **environment(), "command": command, **measured, "baselines": {}}
+            options = [f"--gpus {args.gpus}"] * bool(args.gpus) + [f"--baseline {name}" for name in args.baseline]
+            command = " ".join(["python scripts/bench.py --case", case, *options])
+            measured = run_recipe(case, args.timeout, args.gpus)
+            record = {"case": case, **environment(args.gpus), "command": command, **measured, "baselines": {}}
             for name in args.baseline:
                 record["baselines"][name] = run_baseline(name, case, args.timeout)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
