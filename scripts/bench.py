@@ -85,7 +85,7 @@ def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
     (folder / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
 
 
-def run_recipe(case: str, timeout_s: int, gpus: int = 0) -> dict:
+def run_recipe(case: str, timeout_s: int, gpus: int, options: list[str]) -> dict:
     """Run one case through the recipe and reduce its log to the figures of a record; `gpus`: of the distributed one."""
     config, overrides = case_overrides(case)
     recipe = [f"--nproc_per_node={gpus}", "lora_distributed"] if gpus else ["lora_single_device"]
@@ -104,7 +104,7 @@ def run_recipe(case: str, timeout_s: int, gpus: int = 0) -> dict:
             "run.max_steps": steps,
             "run.sample_rows": 0,
         }
-        args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()]
+        args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()] + options
         command = [sys.executable, "-m", "torchft", "run", *recipe, *args]
         subprocess.run(command, check=True, timeout=timeout_s, cwd=REPO)
         records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument(
         "--gpus", type=int, default=0, help="lora_distributed on so many GPUs, the batch times that; 0: lora_single_device"
     )
+    parser.add_argument("--option", action="append", default=[], help="one more of the recipe's, such as model.shard=all")
     parser.add_argument("--baseline", action="append", default=[], help="a script in scripts/baselines, e.g. hf_peft")
     parser.add_argument("--records", type=Path, default=REPO / "docs/records.jsonl", help="JSON lines are appended here")
     parser.add_argument("--timeout", type=int, default=240, help="seconds per case and per baseline")
@@ -170,9 +171,10 @@ def main() -> None:
         raise SystemExit(f"error: no case {', '.join(unknown)}; --list prints those there are")
     for case in args.case:
         try:
-            options = [f"--gpus {args.gpus}"] * bool(args.gpus) + [f"--baseline {name}" for name in args.baseline]
+            options = [f"--gpus {args.gpus}"] * bool(args.gpus) + [f"--option {option}" for option in args.option]
+            options += [f"--baseline {name}" for name in args.baseline]
             command = " ".join(["python scripts/bench.py --case", case, *options])
-            measured = run_recipe(case, args.timeout, args.gpus)
+            measured = run_recipe(case, args.timeout, args.gpus, args.option)
             record = {"case": case, **environment(args.gpus), "command": command, **measured, "baselines": {}}
             for name in args.baseline:
                 record["baselines"][name] = run_baseline(name, case, args.timeout)
