@@ -30,6 +30,18 @@ def run_processes(count: int, work: Callable[[int], None], folder: Path) -> list
     return [child.exitcode for child in children]
 
 
+def fork(action: Callable[[], int | None]) -> int:
+    """Exit code of `action` in a child, which is what it returns; negative for a signal, 1 where it raises."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(action() or 0)
+        except BaseException as error:  # else the child would go on as a second pytest
+            os.write(2, f"in the child: {error!r}\n".encode())
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def _child(rank: int, count: int, port: int, work: Callable[[int], None], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}

@@ -18,6 +18,7 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
+from processes import fork
 from tiny_training import CONFIG, TinyRun, assert_same, hide_cuda
 
 from torchft import atomic, checkpoint
@@ -40,19 +41,6 @@ def two_runs(monkeypatch: pytest.MonkeyPatch) -> dict[int, TinyRun]:
     """The run after step 1, which is on the disk, and after step 2, which is being saved."""
     hide_cuda(monkeypatch)
     return {1: TinyRun().train(0, 1), 2: TinyRun().train(0, 2)}
-
-
-def fork(action: Callable[[], None]) -> int:
-    """Exit code of `action` in a child, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"in the child: {error!r}\n".encode())
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def assert_resumable(out: Path, runs: dict[int, TinyRun]) -> int:

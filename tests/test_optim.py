@@ -1,13 +1,13 @@
 """AdamW against its formula, the schedule against hand-made numbers, clipping, skipped steps, compilers."""
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import problems, run_processes
 from tiny_training import hide_cuda
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
@@ -196,18 +196,11 @@ def test_sharded_parameters_are_clipped_and_skipped_alike(tmp_path: Path, monkey
     """PITFALLS L6, L7. On 2 ranks (FSDP2, gloo) the norm is the global one; one bad shard skips the step on both."""
     hide_cuda(monkeypatch)
     expected = [norm for norm, _ in train_three_steps(make_model(), poison_rank=None)]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os._exit(run_rank(rank, tmp_path, expected))
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert run_processes(2, lambda _: run_rank(expected), tmp_path) == [0, 0], problems(tmp_path)
 
 
-def run_rank(rank: int, folder: Path, expected: list[float]) -> int:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def run_rank(expected: list[float]) -> None:
+    distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     model = fully_shard(make_model(), mesh=mesh)
     clean = train_three_steps(model, poison_rank=None)
@@ -215,10 +208,9 @@ def run_rank(rank: int, folder: Path, expected: list[float]) -> int:
     poisoned = train_three_steps(model, poison_rank=1)
     distributed.barrier()
     distributed.destroy_process_group()
-    same = [norm for norm, _ in clean] == pytest.approx(expected, rel=1e-6)
-    # the skipped step leaves the next one what it would have been
-    skipped = [flag for _, flag in poisoned] == [0, 1, 0] and poisoned[2][0] == clean[1][0]
-    return 0 if same and skipped else 1
+    assert [norm for norm, _ in clean] == pytest.approx(expected, rel=1e-6)
+    assert [flag for _, flag in poisoned] == [0, 1, 0]
+    assert poisoned[2][0] == clean[1][0]  # the skipped step leaves the next one what it would have been
 
 
 def make_model() -> nn.Module:

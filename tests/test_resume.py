@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import fork
 from safetensors.torch import load_file, save_file
 from tiny_training import TinyRun, assert_same, hide_cuda
 
@@ -79,11 +80,11 @@ def recipe(out: Path, disturb: Callable[[int, str], None]) -> int:
 
 
 def run_in_child(out: Path, disturb: Callable[[int, str], None]) -> int:
-    child = os.fork()
-    if child == 0:
+    def quietly() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os._exit(recipe(out, disturb))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return recipe(out, disturb)
+
+    return fork(quietly)
 
 
 def at(wanted: tuple[int, str], number: signal.Signals) -> Callable[[int, str], None]:

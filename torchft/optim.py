@@ -6,6 +6,7 @@ optimizer's check. Left out: schedules with state (the learning rate is a functi
 needs none) and bf16 parameters (at small learning rates AdamW does not move them, pytorch/torchtune#2254).
 """
 
+import logging
 import math
 import warnings
 
@@ -60,6 +61,8 @@ def _build_8bit(
         )
     # torchao reports extensions that this machine cannot load, and torch a missing cache key: neither is about the run.
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
+    # It says so where CUDA's compiler is installed and no GPU is in use.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with quiet_import():
         from torchao.optim import AdamW8bit  # here: its import takes seconds
     return AdamW8bit(groups, lr=cfg.lr, betas=betas, eps=cfg.eps)

@@ -10,6 +10,7 @@ import torch
 from processes import problems, run_processes
 from safetensors.torch import load_file
 from test_lora_single_device import log_records, options, relative_error
+from tiny_training import hide_cuda
 
 from torchft.errors import ConfigError
 from torchft.modules.sharding import whole
@@ -19,6 +20,11 @@ from torchft.recipes import lora_distributed, lora_single_device
 
 # 24 rows of uneven length, 8 a step; on 4 processes validation has fewer rows than cells
 BASE = ("lora.dropout=0", "run.global_batch_size=8", "data.valid_fraction=0.25", "run.max_steps=4", "run.save_every=2")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_cuda(monkeypatch)
 
 
 def train(processes: int, model: Path, data: Path, out: Path, *more: str) -> Path:

@@ -1,5 +1,6 @@
 """D2's promises on the command line: torchtune's three commands with one file, and whose traceback two processes show."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ tune run --nproc_per_node 4 lora_finetune_distributed --config ./my_config.yaml
 def in_folder(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     """`tune ...` typed in a folder."""
     argv = [sys.executable, "-m", "torchft", *command.split()[1:]]
-    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300)
+    on_the_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300, env=on_the_cpu)
 
 
 def test_torchtunes_three_commands_run_as_printed_with_one_file(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
