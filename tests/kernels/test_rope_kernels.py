@@ -83,13 +83,14 @@ def test_split(size, dtype, eager):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("kind", ["rows", "heads first", "gaps"])
+@pytest.mark.parametrize("kind", ["each its own", "heads first", "gaps"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_merge(size, dtype, kind, eager):
     B, T, H, K, E = size
     cos, sin = tables(1 if kind == "gaps" else B, T, E)
-    grads = [arranged(randn(B, T, heads, E, dtype=dtype), kind) for heads in (H, K, K)]
+    kinds = ("heads first", "gaps", "rows") if kind == "each its own" else (kind,) * 3
+    grads = [arranged(randn(B, T, n, E, dtype=dtype), each) for n, each in zip((H, K, K), kinds, strict=True)]
     with unchanged(*grads, cos, sin):
         if eager:
             grad = rope_merge(*grads, cos, sin, eager=True)
