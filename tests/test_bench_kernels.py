@@ -163,8 +163,14 @@ def test_the_least_that_must_be_moved_or_multiplied() -> None:
 
 def test_one_wrong_row_of_many_counts_whole() -> None:
     rows = torch.randn(1000, 64)
-    wrong = rows.index_fill(0, torch.tensor([500]), 0.0)
-    assert 0.5 < bench_kernels.error(wrong, rows) < 2
+    rows[:10] *= 100
+    rows[900:] = 0
+    for row in (5, 500):
+        wrong = rows.index_fill(0, torch.tensor([row]), 0.0)
+        assert bench_kernels.error(wrong, rows) == pytest.approx(1.0)
+    wrong = rows.index_fill(0, torch.tensor([950]), 0.1)  # where zeros belong
+    assert bench_kernels.error(wrong, rows) > 1
+    assert bench_kernels.error(rows.clone(), rows) == 0
     assert bench_kernels.error(torch.tensor(2.0), torch.tensor(4.0)) == 0.5  # a loss has no rows
 
 
