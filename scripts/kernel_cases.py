@@ -1,0 +1,132 @@
+"""What scripts/bench_kernels.py measures: each kernel's inputs, its plain formula, and the least work there is.
+
+A case is made by a function of the kernel and of the shapes: of an 8B model, or tiny ones that are only checked.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes to measure, and where. `compiled` is torch.compile, or the identity where only checks are wanted."""
+
+    device: str
+    dtype: torch.dtype = torch.bfloat16
+    compiled: Callable = torch.compile
+    batch: int = 4
+    seq: int = 2048
+    hidden: int = 4096
+    intermediate: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocabulary: int = 128256
+    nf4: tuple[tuple[int, int], ...] = ((14336, 4096), (4096, 4096), (1024, 4096))
+
+    def random(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+        return (scale * torch.randn(shape, device=self.device)).to(self.dtype).requires_grad_(grad)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `least`: bytes, or multiplications and additions, of forward and of forward + backward."""
+
+    name: str
+    inputs: tuple
+    triton: Callable
+    eager: Callable
+    plain: Callable
+    least: tuple[float, float | None]  # None: there is no backward
+    unit: str = "bytes"  # or "flop"
+
+
+def tiny_size(device: str) -> Size:
+    shapes = {"hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocabulary": 130}
+    return Size(device, torch.float32, lambda f: f, batch=2, seq=6, nf4=((64, 256), (128, 384)), **shapes)
+
+
+def rms_norm(op: Callable, size: Size) -> Iterator[Case]:
+    for trained in (False, True):
+        x = size.random(size.batch * size.seq, size.hidden)
+        weight, eps = size.random(size.hidden, grad=trained), 1e-5
+        plain = size.compiled(lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps))
+        name = "rms_norm" + " (trained)" * trained
+        yield Case(name, (x, weight, eps), op, functools.partial(op, eager=True), plain, (2 * x.nbytes, 5 * x.nbytes))
+
+
+def rope(op: Callable, size: Size) -> Iterator[Case]:
+    heads, kv_heads, width = size.heads, size.kv_heads, size.head_dim
+    qkv = size.random(size.batch, size.seq, (heads + 2 * kv_heads) * width)
+    angles = 100 * torch.rand(size.batch, size.seq, width // 2, device=size.device)
+
+    def plain(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+        def rotate(x: Tensor) -> Tensor:
+            first, second = x.float().chunk(2, dim=-1)
+            return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+        c, s = cos[:, :, None], sin[:, :, None]
+        q, k, v = qkv.unflatten(-1, (-1, 2 * cos.shape[-1])).split((heads, kv_heads, kv_heads), dim=2)
+        return rotate(q), rotate(k), v  # v is a view, and not written again as the kernel's is
+
+    least = 2 * qkv.nbytes + 2 * angles.nbytes
+    inputs = (qkv, angles.cos(), angles.sin(), heads, kv_heads)
+    yield Case("rope_split", inputs, op, functools.partial(op, eager=True), size.compiled(plain), (least, 2 * least))
+
+
+def swiglu(op: Callable, size: Size) -> Iterator[Case]:
+    gate, up = (size.random(size.batch * size.seq, size.intermediate) for _ in range(2))
+    plain = size.compiled(lambda gate, up: F.silu(gate) * up)
+    yield Case("gated", (gate, up), op, functools.partial(op, eager=True), plain, (3 * gate.nbytes, 8 * gate.nbytes))
+
+
+def linear_cross_entropy(op: Callable, size: Size) -> Iterator[Case]:
+    for trained in (False, True):
+        hidden = size.random(size.batch * size.seq, size.hidden)
+        weight = size.random(size.vocabulary, size.hidden, scale=size.hidden**-0.5, grad=trained)
+        labels = torch.randint(size.vocabulary, (len(hidden),), device=size.device)
+        labels[::8] = -100
+        plain = size.compiled(
+            lambda hidden, weight, labels: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+        )
+        product = 2 * (labels >= 0).sum().item() * weight.numel()
+        least = (product, (3 if trained else 2) * product)
+        name = "linear_cross_entropy" + " (trained)" * trained
+        yield Case(name, (hidden, weight, labels), op, functools.partial(op, eager=True), plain, least, "flop")
+
+
+def nf4(op: Callable, size: Size) -> Iterator[Case]:
+    lookup = size.compiled(lambda pairs, scales, table: table[torch.stack((pairs >> 4, pairs & 15), -1).int()] * scales)
+    for rows, columns in size.nf4:
+        count, on = rows * columns, {"device": size.device}
+        codes = torch.randint(256, (count // 2,), dtype=torch.uint8, **on)
+        scalers = torch.randint(-128, 128, (count // 64,), dtype=torch.int8, **on)
+        factor = (1000 + 5000 * torch.rand(count // 16384, **on)).to(size.dtype)
+        mean, table = torch.tensor(0.05, **on).to(size.dtype), torch.linspace(-1, 1, 16, **on).to(size.dtype)
+
+        def into(eager: bool, shape: tuple[int, int] = (rows, columns)) -> Callable:
+            out = torch.full(shape, float("nan"), dtype=size.dtype, device=size.device)
+            return lambda *storage: op(*storage, out, eager=eager) or out
+
+        def plain(codes: Tensor, scalers: Tensor, factor: Tensor, mean: Tensor, table: Tensor, rows: int = rows) -> Tensor:
+            scales = (scalers.view(-1, 256) / factor[:, None]).flatten() + mean  # not compiled, which would round less
+            return lookup(codes.view(-1, 32), scales.view(-1, 1, 1), table).view(rows, -1)
+
+        least = codes.nbytes + scalers.nbytes + factor.nbytes + count * size.dtype.itemsize
+        inputs = (codes, scalers, factor, mean, table)
+        yield Case(f"nf4 {rows} x {columns}", inputs, into(False), into(True), plain, (least, None))
+
+
+# Module of torchft.kernels: its function, and the cases of that.
+CASES = {
+    "rms_norm": ("rms_norm", rms_norm),
+    "rope": ("rope_split", rope),
+    "swiglu": ("gated", swiglu),
+    "linear_cross_entropy": ("linear_cross_entropy", linear_cross_entropy),
+    "nf4": ("dequantize_into", nf4),
+}
