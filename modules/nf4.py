@@ -7,7 +7,7 @@ around one mean per tensor ("double quantisation"): 4.13 bits per weight.
 The tensor type and the encoder are torchao's `NF4Tensor`; beside torchft/optim.py and optimizer_state.py, which take its
 8-bit AdamW, this is the only file that imports torchao. Decoding is ours,
 bitwise equal to torchao's `get_original_weight` but without its int64 index of the whole tensor: the only dense
-temporary is the decoded weight itself. Left out: training an NF4 weight, other block sizes, sharding.
+temporary is the decoded weight itself. Left out: training an NF4 weight, other block sizes.
 """
 
 import functools
@@ -197,6 +197,19 @@ def _grad_x(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _matmul.register_autograd(_grad_x, setup_context=_save_storage)
+
+
+def part(weight: NF4Tensor, parts: int, index: int) -> NF4Tensor:
+    """One of `parts` equal parts of the rows, with memory of its own; its codes and scales are those of the whole."""
+    chunk = weight.chunk(parts)[index]  # views, which would keep all of the weight alive
+    names, context = chunk.__tensor_flatten__()  # chunk.clone() decodes and encodes again, around another mean
+    inner = {name: getattr(chunk, name).clone() for name in names}
+    return NF4Tensor.__tensor_unflatten__(inner, context, chunk.shape, chunk.stride())
+
+
+def storage(weight: Tensor) -> tuple[Tensor, ...]:
+    """The plain tensors that hold a weight: itself, or for NF4 those of `_storage`."""
+    return _storage(weight) if isinstance(weight, NF4Tensor) else (weight,)
 
 
 def _storage(weight: NF4Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

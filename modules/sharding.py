@@ -36,8 +36,8 @@ class ShardReport:
         line = f"{self.num_divided} tensors divided over {self.num_parts} processes{copies}"
         if self.kept_whole:
             line += (
-                f"; {len(self.kept_whole)} NF4 tensors whole on each (first: {self.kept_whole[0]}, whose parts would not be "
-                f"multiples of {nf4.DIVISOR:,} weights)"
+                f"; {len(self.kept_whole)} NF4 tensors whole on each (first: {self.kept_whole[0]}, which cannot be cut into "
+                f"equal parts of a multiple of {nf4.DIVISOR:,} weights)"
             )
         return line
 
@@ -57,6 +57,7 @@ def shard_model(model: CausalLM, mesh: DeviceMesh, *, base_whole: bool) -> Shard
     kept = frozen if base_whole else {name: p for name, p in frozen.items() if _cannot_divide(p, parts)}
     options = {"mesh": mesh, "ignored_params": set(kept.values()), "reshard_after_forward": not base_whole}
     for block in model.model.layers:
+        block.base_stays = base_whole
         fully_shard(block, **options)
     fully_shard(model, **options)
     divided = sum(isinstance(param, DTensor) for param in model.parameters())
@@ -76,6 +77,14 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered where it is divided: every process must call it then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, for the first process to write down, on its CPU; the others, which must all call it, get an empty one."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    everything = tensor.full_tensor()
+    return everything.cpu() if tensor.device_mesh.get_rank() == 0 else torch.empty(0)
 
 
 def rows_held(tensor: Tensor) -> slice:
@@ -103,7 +112,7 @@ def cut(value: Tensor, like: Tensor) -> Tensor:
         return value
     if isinstance(value, nf4.NF4Tensor):  # which can be cut into equal parts only
         mesh = like.device_mesh
-        return divided_like(value.chunk(mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)], like)
+        return divided_like(nf4.part(value, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)), like)
     return divided_like(value[rows_held(like)].clone(), like)
 
 

@@ -79,6 +79,9 @@ class KVCache:
 class Block(nn.Module):
     """One layer: attention and feed forward, each on the normalised residual stream."""
 
+    base_stays = True  # whether frozen weights stay where they are; False once shard_model divides them
+    compilable = True  # whether torch.compile has something to gain
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -136,6 +139,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.head_loss = linear_cross_entropy  # swapped by torchft.fuse
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -161,7 +165,7 @@ class CausalLM(nn.Module):
         """
         h = self.model(input_ids, positions, documents, cache)  # (B, T, D)
         if labels is not None:
-            return linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            return self.head_loss(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
         return self.lm_head(h[:, -1:] if last_only else h)
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from torchft.data.loader import Batch, Loader, eval_batches
 from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import (
+    check_agreement,
     divide,
     highest,
     join_processes,
@@ -36,11 +37,13 @@ from torchft.distributed import (
     sum_over_processes,
 )
 from torchft.fit import check_ids, warn_of_misfits
-from torchft.generate import Answer, answer_examples, eval_mode, exact_match, first_conversations
+from torchft.fuse import fuse
+from torchft.generate import Answer, answer_examples, exact_match, first_conversations
 from torchft.hf_checkpoint import fingerprint
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.checkpointing import apply_activation_checkpointing
+from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM
@@ -91,7 +94,7 @@ def show(answers: list[Answer], log: RunLogger) -> None:
 
 def main(cfg: Config) -> None:
     """Train one adapter; all files go to cfg.run.out. Raises UserError for what a user can get wrong."""
-    join_processes()
+    join_processes(cfg.model, cfg.optim, cfg.run)
     run, out = cfg.run, Path(cfg.run.out)
     device = setup_device(run.seed, run.deterministic)
     generator = torch.Generator().manual_seed(run.seed)  # on the CPU: one seed gives one adapter on every device
@@ -99,7 +102,7 @@ def main(cfg: Config) -> None:
     checkpoint = find_checkpoint(out, run.resume, asdict(cfg), log.print)  # now: a wrong one fails before anything is loaded
 
     # ---- Model. On meta until its weights stream in, so that a quantised model never exists dense. The order is the same in
-    # all recipes: adapters, quantised types, checkpointing, compile, division, weights.
+    # all recipes: adapters, quantised types, kernels, checkpointing, compile, division, weights.
     path = resolve_path(cfg.model.path)
     tokenizer = load_tokenizer(tokenizer_folder(path, cfg.lora.adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
@@ -110,6 +113,7 @@ def main(cfg: Config) -> None:
     log.print(str(report))
     if cfg.model.quantize == "nf4":
         log.print(str(quantize_nf4(model)))
+    log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     apply_activation_checkpointing(model, cfg.model.activation_checkpointing, cfg.model.offload_activations)
     compile_blocks(model, cfg.model.compile, device, log.print)
     log.print(str(divide(model, cfg.model, device)))
@@ -137,6 +141,7 @@ def main(cfg: Config) -> None:
     # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
     state, fingerprints = {}, {"data": train.fingerprint, "valid": valid.fingerprint if valid else None}
     fingerprints["model"] = None if cfg.model.weights == "random" else fingerprint(path)
+    check_agreement(fingerprints)
     if checkpoint:
         state = load_checkpoint(checkpoint, params=params, optimizer=optimizer, unchanged=fingerprints)
     first_step = state.get("step", 0) + 1

@@ -26,11 +26,13 @@ from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import require_single_process
 from torchft.fit import check_ids, warn_of_misfits
-from torchft.generate import Answer, answer_examples, eval_mode, exact_match, first_conversations
+from torchft.fuse import fuse
+from torchft.generate import Answer, answer_examples, exact_match, first_conversations
 from torchft.hf_checkpoint import fingerprint
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.checkpointing import apply_activation_checkpointing
+from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM
@@ -87,7 +89,7 @@ def main(cfg: Config) -> None:
     checkpoint = find_checkpoint(out, run.resume, asdict(cfg), log.print)  # now: a wrong one fails before anything is loaded
 
     # ---- Model. On meta until its weights stream in, so that a quantised model never exists dense. The order is the same in
-    # all recipes: adapters, quantised types, checkpointing, compile, weights.
+    # all recipes: adapters, quantised types, kernels, checkpointing, compile, weights.
     path = resolve_path(cfg.model.path)
     tokenizer = load_tokenizer(tokenizer_folder(path, cfg.lora.adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
@@ -98,6 +100,7 @@ def main(cfg: Config) -> None:
     log.print(str(report))
     if cfg.model.quantize == "nf4":
         log.print(str(quantize_nf4(model)))
+    log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     apply_activation_checkpointing(model, cfg.model.activation_checkpointing, cfg.model.offload_activations)
     compile_blocks(model, cfg.model.compile, device, log.print)
     dtype = getattr(torch, cfg.model.dtype)  # of the base; what is trained is kept in fp32

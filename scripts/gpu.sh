@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: the whole test suite there, and the benchmark of the recipes.
-#   scripts/gpu.sh OUT_DIR [CASE ...]     cases as in scripts/bench.py --list; logs and records.jsonl go to OUT_DIR
+#   scripts/gpu.sh OUT_DIR [CASE ...]     cases as in scripts/bench_recipe.py --list; logs and records.jsonl go to OUT_DIR
 # Tests that need no GPU run on the CPU cores that the benchmark leaves idle, with the GPU hidden from them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ CUDA_VISIBLE_DEVICES="" python3 -m pytest -q -n "${TEST_WORKERS:-8}" -p no:cache
 for case in "$@"; do
   baseline=()
   [[ $case == lora_* ]] && baseline=(--baseline hf_peft)
-  python3 scripts/bench.py --case "$case" "${baseline[@]}" --timeout "${CASE_TIMEOUT:-120}" --records "$out/records.jsonl" 2>&1 |
+  python3 scripts/bench_recipe.py --case "$case" "${baseline[@]}" --timeout "${CASE_TIMEOUT:-120}" --records "$out/records.jsonl" 2>&1 |
     tee "$out/$case.log" | tail -n 1
 done
 timeout "${GPU_TEST_TIMEOUT:-150}" python3 -m pytest -q -m gpu -p no:cacheprovider tests >"$out/gpu_tests.log" 2>&1

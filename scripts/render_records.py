@@ -12,15 +12,15 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEADER = """# Records
 
-What was measured, newest first. One row is one run of a recipe by `scripts/bench.py`, which writes `docs/records.jsonl`; this page is
+What was measured, newest first. One row is one run of a recipe by `scripts/bench_recipe.py`, which writes `docs/records.jsonl`; this page is
 rendered from it by `scripts/render_records.py`. A case is named method_model_dtype_sequence x rows_ac|noac; the method is
 the recipe's own loop with `model.weights=random` and fully supervised rows. tokens/s: median of 10 steps after 5 (min to max).
 Memory: peak of allocated GPU memory over the whole run. Baselines ran in the same call on the same GPU.
 
-To run a row again: `git checkout COMMIT && python scripts/bench.py --case CASE --baseline hf_peft`.
+To run a row again: `git checkout COMMIT` and the command.
 
-| case | tokens/s (min to max) | peak GiB | loss first, last | baseline: tokens/s, GiB (ours / theirs) | GPU | versions | date, commit |
-|---|---|---|---|---|---|---|---|
+| case | tokens/s (min to max) | peak GiB | loss first, last | baseline: tokens/s, GiB (ours / theirs) | GPU | versions | date, commit | command |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -41,6 +41,7 @@ def row(record: dict) -> str:
         f"{record['num_gpus']} x {record['gpu']}",
         versions,
         f"{record['date']}, {record['commit']}",
+        f"`{record['command']}`",
     ]
     return "| " + " | ".join(cells) + " |\n"
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 def run_processes(count: int, work: Callable[[int], None], folder: Path) -> list[int]:
     """`work(rank)` on `count` processes with torchrun's variables set; their exit codes, by rank.
 
-    Tracebacks go to folder/rank_<n>.txt. One that is still running after 120 s is killed.
+    Tracebacks go to folder/rank_<n>.txt. All that still run after 120 s are killed. The test must not have compiled
+    anything before: a fork does not survive the compiler's workers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -23,8 +25,9 @@ def run_processes(count: int, work: Callable[[int], None], folder: Path) -> list
     children = [context.Process(target=_child, args=(rank, count, port, work, folder)) for rank in range(count)]
     for child in children:
         child.start()
+    deadline = time.monotonic() + 120
     for child in children:
-        child.join(120)
+        child.join(max(0.0, deadline - time.monotonic()))
         child.kill() if child.is_alive() else None
         child.join()
     return [child.exitcode for child in children]

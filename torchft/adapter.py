@@ -21,6 +21,7 @@ from torchft.distributed import from_main
 from torchft.errors import UserError
 from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import nf4
+from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
 from torchft.modules.sharding import cut, local, place, whole
 from torchft.modules.transformer import CausalLM
@@ -331,10 +332,5 @@ def _swapped(model: CausalLM, tensors: dict[str, Tensor], scale: float) -> Itera
 def probe_logits(model: CausalLM) -> Tensor:
     """Logits (2, 32, V) in fp32 on fixed random tokens, without dropout and without compiling for their shape."""
     ids = torch.randint(model.config.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            return model(ids.to(model.lm_head.weight.device)).float()
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
+        return model(ids.to(model.lm_head.weight.device)).float()

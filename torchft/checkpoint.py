@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchft.atomic import atomic_directory, write_bytes
-from torchft.distributed import from_all, from_main
+from torchft.distributed import from_all, from_main, tensors_from_main
 from torchft.errors import UserError
-from torchft.modules.sharding import cut, whole
+from torchft.modules.sharding import cut, gathered
 from torchft.optimizer_state import flatten_optimizer, get_rng_state, plain_name, set_rng_state, unflatten_optimizer
 from torchft.ranks import rank, world_size
 from torchft.redact import redact
@@ -37,7 +37,7 @@ from torchft.run_dir import FORMAT, checkpoint_path, checkpoints, leftovers, pru
 
 # What a continued run may change: how long, how often, where to, how fast. The data, the model and the adapter stay.
 MAY_CHANGE = re.compile(
-    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload_activations|shard)|data\.max_bad_rows"
+    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload_activations|shard|kernels.*)|data\.max_bad_rows"
 )
 MUST_STAY = ("optim.name", "run.seed", "run.global_batch_size")
 TENSOR_FILES = ("params", "optimizer", "rng")
@@ -62,16 +62,13 @@ def save_checkpoint(
     older checkpoints are untouched then.
     """
     out = Path(out)
-    final = checkpoint_path(out, step)
     optimizer_tensors, signed = flatten_optimizer(optimizer, params)
     generators = from_all(get_rng_state())
     files = {
-        "params.safetensors": {plain_name(name): whole(param.detach()) for name, param in params.items()},
+        "params.safetensors": {plain_name(name): gathered(param.detach()) for name, param in params.items()},
         "optimizer.safetensors": optimizer_tensors,
         "rng.safetensors": {f"{n}/{name}": state for n, (states, _) in enumerate(generators) for name, state in states.items()},
     }
-    if rank() > 0:
-        return final
     values = {
         "state": state,
         "config": redact(config),
@@ -79,12 +76,19 @@ def save_checkpoint(
         "signed": signed,
         "rng": [numbers for _, numbers in generators],
     }
-    text = json.dumps(values, indent=1, allow_nan=False).encode()
     finite = valid_loss is not None and math.isfinite(valid_loss)
     facts = {"format": FORMAT, "step": step, "valid_loss": valid_loss if finite else None}
-    needed_bytes = len(text) + sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    # The other processes wait here, however slow the disk is, and not in a collective of their GPUs, which would time out.
+    return from_main(lambda: _write_checkpoint(out, files, values, facts, keep_last))
 
+
+def _write_checkpoint(
+    out: Path, files: dict[str, dict[str, Tensor]], values: dict[str, Any], facts: dict[str, Any], keep_last: int
+) -> Path:
+    text = json.dumps(values, indent=1, allow_nan=False).encode()
+    needed_bytes = len(text) + sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     remove_leftovers(out)
+    final = checkpoint_path(out, facts["step"])
     with atomic_directory(final, facts, needed_bytes) as folder:
         for name, tensors in files.items():
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
@@ -108,7 +112,8 @@ def load_checkpoint(
     has been changed then.
     """
     path = Path(path)
-    step, values, tensors = from_main(lambda: _read_checkpoint(path))
+    step, values = from_main(lambda: (verify_checkpoint(path)["step"], _read_state(path)))
+    tensors = {name: tensors_from_main(lambda: _read_tensors(path / f"{name}.safetensors")) for name in TENSOR_FILES}  # noqa: B023
     for name, now in unchanged.items():
         then = values["state"].get(name)
         if then != now:
@@ -123,17 +128,13 @@ def load_checkpoint(
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(cut(tensors["params"][plain_name(name)], param))
-    if len(values["rng"]) == world_size():  # else each process goes on with its own: dropout draws other masks
+    if len(values["rng"]) == world_size():
         mine = f"{rank()}/"
         states = {name.removeprefix(mine): state for name, state in tensors["rng"].items() if name.startswith(mine)}
         set_rng_state(states, values["rng"][rank()])
+    else:  # dropout masks that no step so far has had
+        torch.manual_seed((torch.initial_seed() + 1_000_003 * step) % 2**63)
     return values["state"] | {"step": step}
-
-
-def _read_checkpoint(path: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Step, state.json, and the tensors of each file by its first name; verified first."""
-    step = verify_checkpoint(path)["step"]
-    return step, _read_state(path), {name: _read_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

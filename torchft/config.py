@@ -20,7 +20,8 @@ class ModelConfig:
     quantize: str = "none"  # none | nf4 (QLoRA: frozen linears in 4 bits, double-quantised)
     activation_checkpointing: str = "none"  # none | full | every_<n>: recompute every n-th block in backward
     offload_activations: bool = False  # keep the checkpointed block inputs in CPU memory
-    compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off
+    compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
+    kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py
     shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)
 
 
@@ -102,8 +103,7 @@ class RunConfig:
     deterministic: bool = False  # torch.use_deterministic_algorithms: bit-exact resume on GPU, slower
     tensorboard: bool = False
     wandb_project: str = ""
-    profile_steps: int = 0  # torch profiler over this many steps, after two warm-up steps
-    memory_snapshot: bool = False  # CUDA allocation history of the run's first steps, as JSON
+    profile_steps: int = 0  # torch profiler over this many steps, after two of which CUDA's allocations are recorded
 
 
 ASSETS = Path(__file__).resolve().parent / "assets"

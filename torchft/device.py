@@ -42,6 +42,8 @@ def compile_blocks(model: CausalLM, mode: str, device: torch.device, say: Callab
     if missing:
         say(f"compile: off, since this machine lacks {missing}; the run is slower and takes more memory")
         return
-    for block in model.model.layers:
+    blocks = [block for block in model.model.layers if block.compilable]
+    for block in blocks:
         block.compile()
-    say(f"compile: {len(model.model.layers)} blocks, built during the first step")
+    if blocks:
+        say(f"compile: {len(blocks)} blocks, built during the first step")

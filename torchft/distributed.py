@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from torchft.config import ModelConfig
+from torchft.config import ModelConfig, OptimConfig, RunConfig
+from torchft.data.loader import resolve_micro_batch_size
 from torchft.errors import ConfigError, UserError
 from torchft.modules import nf4
 from torchft.modules.sharding import ShardReport, shard_model
@@ -39,8 +40,19 @@ def require_single_process(recipe: str, cfg: ModelConfig) -> None:
         )
 
 
-def join_processes() -> None:
-    """Open the process groups, and take this process's GPU. Raises UserError where there are more processes than GPUs."""
+def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> None:
+    """Open the process groups, and take this process's GPU; before that, refuse options that cannot work on so many.
+
+    Raises ConfigError for those options, UserError where there are more processes than GPUs.
+    """
+    world = world_size()
+    if model.shard.isdecimal() and world % int(model.shard):
+        raise ConfigError(f"model.shard={model.shard} does not divide {world} processes: use a divisor of it, all or auto")
+    if optim.name == "adamw_8bit":
+        raise ConfigError(
+            "optim.name=adamw_8bit: its states cannot be divided over processes; use adamw, or run the single-device recipe"
+        )
+    resolve_micro_batch_size(run.global_batch_size, run.micro_batch_size, world)
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
@@ -66,13 +78,12 @@ def divide(model: CausalLM, cfg: ModelConfig, device: torch.device) -> ShardRepo
     """Divide a model on meta as `model.shard` says: over all processes, over groups of n of them, or by what fits.
 
     auto: a frozen base that takes at most 40% of the GPU stays whole on each process, else (and on CPUs, which share one
-    memory) it is divided over all. Raises ConfigError where n does not divide the number of processes.
+    memory) it is divided over all.
     """
     world = world_size()
     parts = int(cfg.shard) if cfg.shard.isdecimal() else world
-    if world % parts:
-        raise ConfigError(f"model.shard={parts} does not divide {world} processes: use a divisor of it, all or auto")
     base_whole = parts == 1 or (cfg.shard == "auto" and device.type == "cuda" and _fits(model, cfg, device))
+    base_whole = not highest(int(not base_whole))  # GPUs of two sizes: one answer
     parts = world if base_whole else parts
     shape, names = ((world,), ("shard",)) if parts == world else ((world // parts, parts), ("copies", "shard"))
     return shard_model(model, init_device_mesh(device.type, shape, mesh_dim_names=names), base_whole=base_whole)
@@ -87,12 +98,15 @@ def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
 
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
     """The sum of a device tensor over all processes, in place."""
-    dist.all_reduce(value)
+    if _host_group:
+        dist.all_reduce(value)
     return value
 
 
 def highest(number: int) -> int:
     """The largest of all processes' numbers, which all must give. Waits for the hosts, not for the devices."""
+    if not _host_group:
+        return number
     numbers = torch.tensor([number])
     dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group[0])
     return int(numbers.item())
@@ -114,6 +128,34 @@ def from_main(make: Callable[[], T]) -> T:
     return result[0]
 
 
+def tensors_from_main(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Like `from_main` for tensors on the CPU, which travel one by one and not as a pickle of all of them."""
+    if not _host_group:
+        return read()
+    held: dict[str, torch.Tensor] = {}
+
+    def shapes() -> list[tuple[str, torch.Size, torch.dtype]]:
+        held.update(read())
+        return [(name, tensor.shape, tensor.dtype) for name, tensor in held.items()]
+
+    for name, shape, dtype in from_main(shapes):
+        tensor = held.setdefault(name, torch.empty(0)) if rank() == 0 else torch.empty(shape, dtype=dtype)
+        dist.broadcast(tensor, src=0, group=_host_group[0])
+        held[name] = tensor
+    return held
+
+
+def check_agreement(values: dict[str, str | None]) -> None:
+    """Raises UserError unless all processes have the same values, such as the fingerprint of the data each one reads."""
+    for name, mine in values.items():
+        others = from_all(mine)
+        differing = [number for number, other in enumerate(others) if other != others[0]]
+        if differing:
+            raise UserError(
+                f"process(es) {', '.join(map(str, differing))} read another {name} than process 0: give all nodes the same files"
+            )
+
+
 def main_tensor(value: torch.Tensor) -> torch.Tensor:
     """Process 0's values in the tensor of every process, in place; all have its shape."""
     if _host_group:
@@ -133,7 +175,7 @@ def from_all(value: T) -> list[T]:
 @contextmanager
 def node_leader_first() -> Iterator[None]:
     """The block runs on the first process of each node, then on the others, which find in a cache what it made."""
-    if local_rank() > 0:
+    if local_rank() > 0 and _host_group:
         dist.barrier(_host_group[0])
     yield
     if local_rank() == 0 and _host_group:

@@ -10,12 +10,12 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchft.adapter import attach_adapter, load_adapter, tokenizer_folder
 from torchft.config import resolve_path
@@ -28,23 +28,12 @@ from torchft.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from torchft.distributed import main_tensor
 from torchft.errors import UserError
 from torchft.models import build_model, read_config
+from torchft.modules.eval_mode import eval_mode
 from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM, KVCache
 from torchft.weights import load_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module's own train or eval mode is restored after, also when something is raised."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def generate(

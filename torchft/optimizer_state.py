@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import UserError
-from torchft.modules.sharding import cut, whole
+from torchft.modules.sharding import cut, gathered
 
 PARTS_8BIT = ("codes", "scale", "qmap")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -35,7 +35,7 @@ def flatten_optimizer(
     signed: dict[str, bool] = {}
     for name, param in params.items():
         for key, value in optimizer.state.get(param, {}).items():
-            full_name, value = f"{plain_name(name)}/{key}", whole(value)
+            full_name, value = f"{plain_name(name)}/{key}", gathered(value)
             if type(value) is Tensor:
                 tensors[full_name] = value
             else:

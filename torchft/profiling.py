@@ -21,8 +21,7 @@ from torchft.atomic import replace_bytes
 from torchft.config import RunConfig
 from torchft.ranks import rank
 
-SKIPPED_STEPS = 2  # the first compiles and fills caches; the profiler starts up in the second
-MEMORY_STEPS = 3  # from the second step on, allocations repeat
+SKIPPED_STEPS = 2  # the first compiles and fills caches; in the second the profiler starts up and allocations are recorded
 MEMORY_EVENTS = 50_000  # kept at most, the newest; one is a few kB of JSON
 TOP = 40  # rows per table
 TORCH = str(Path(torch.__file__).parent)
@@ -36,9 +35,7 @@ class ProfileWindow:
         self._device = device
         self._say = say
         self._steps = 0
-        self._memory = run.memory_snapshot and device.type == "cuda" and rank() == 0
-        if run.memory_snapshot and device.type != "cuda":
-            say("run.memory_snapshot has no effect on CPU")
+        self._memory = bool(run.profile_steps) and device.type == "cuda" and rank() == 0
         self._profiler = self._build_profiler(run.profile_steps) if run.profile_steps and rank() == 0 else None
         if self._profiler:
             self._profiler.start()
@@ -54,10 +51,10 @@ class ProfileWindow:
     def step(self) -> None:
         """One optimizer step ended."""
         self._steps += 1
+        if self._steps == SKIPPED_STEPS:  # before the window, which recording stacks would slow
+            self._write_memory()
         if self._profiler:
             self._profiler.step()
-        if self._steps == MEMORY_STEPS:
-            self._write_memory()
 
     def close(self) -> None:
         """Write what a run shorter than its windows recorded."""

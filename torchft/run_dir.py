@@ -18,7 +18,7 @@ from torchft.errors import UserError
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
 LEFTOVER_NAME = re.compile(r"step_\d{6,}\.tmp")
-FORMAT = "torchft checkpoint 1"
+FORMAT = "torchft checkpoint 2"
 RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "tensorboard", "profile")  # beside the checkpoints
 
 

@@ -1,4 +1,4 @@
-"""The baseline of scripts/bench.py: the same LoRA step with transformers + peft, random weights, fully supervised rows.
+"""The baseline of scripts/bench_recipe.py: the same LoRA step with transformers + peft, random weights, fully supervised rows.
 
     python scripts/baselines/hf_peft.py --config DIR --max_seq_len 2048 --global_batch_size 4 --activation_checkpointing none
 

@@ -96,6 +96,57 @@ def test_gradients_and_their_norm_are_those_of_one_process(
     assert results[0]["norm"] > 0.1  # so that there was something to clip
 
 
+@pytest.mark.parametrize("processes, shard", [(1, "auto"), (2, "1"), (2, "all")])
+def test_the_best_step_is_exported(
+    small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, shard: str
+) -> None:
+    """What a forward without gradients left gathered must not be exported in place of what was loaded."""
+
+    def best_first(model: torch.nn.Module, batches: object, device: torch.device) -> float:
+        original(model, batches, device)
+        return next(losses)
+
+    for recipe, out in ((lora_single_device, "single"), (lora_distributed, "several")):
+        original, losses = recipe.evaluate, iter([1.0, 2.0, 2.0, 2.0])
+        more = [*BASE, "run.eval_every=1", "run.keep_best=true", "run.sample_rows=0"]
+        cfg = options(small_model, chat_data, tmp_path / out, *more, *([f"model.shard={shard}"] if out == "several" else []))
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe, "evaluate", best_first)
+            if out == "single":
+                recipe.main(cfg)
+            else:
+                codes = run_processes(processes, lambda _: recipe.main(cfg), tmp_path / out)  # noqa: B023
+                assert codes == [0] * processes, problems(tmp_path / out)
+    adapters = [load_file(tmp_path / out / "adapter/adapter_model.safetensors") for out in ("several", "single")]
+    kept = load_file(tmp_path / "several/step_000001/params.safetensors")
+    assert all(torch.equal(adapters[0]["base_model.model." + name], tensor) for name, tensor in kept.items())
+    assert relative_error(*adapters) <= 1e-3
+
+
+def test_what_cannot_work_on_several_processes_is_refused_first(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    for number, (option, message) in enumerate({
+        "optim.name=adamw_8bit": "its states cannot be divided",
+        "model.shard=3": "model.shard=3 does not divide 2 processes",
+        "run.global_batch_size=3": "3 rows cannot be divided over 2 processes",
+    }.items()):
+        cfg, out = options(small_model, chat_data, tmp_path / "out", option), tmp_path / f"{number}"
+        assert 0 not in run_processes(2, lambda _: lora_distributed.main(cfg), out)  # noqa: B023
+        assert message in problems(out)
+
+
+def test_other_data_on_another_node_is_refused(
+    small_model: Path, chat_data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(chat_data.read_text().splitlines(keepends=True)[::-1]))
+
+    def work(number: int) -> None:
+        lora_distributed.main(options(small_model, other if number else chat_data, tmp_path / "out"))
+
+    assert 0 not in run_processes(2, work, tmp_path)
+    assert "process(es) 1 read another data than process 0" in problems(tmp_path)
+
+
 def test_resume_from_2_to_1_to_4_processes(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
     expected = train(0, small_model, chat_data, tmp_path / "straight", "run.max_steps=6")
     out, cfg = tmp_path / "moved", ("run.max_steps=6", "run.resume=auto")
@@ -186,8 +237,6 @@ def test_not_finite_on_one_process_stops_all(small_model: Path, chat_data: Path,
 def test_a_process_alone_refuses_what_needs_several(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.shard=2 divides weights"):
         lora_single_device.main(options(small_model, chat_data, tmp_path, "model.shard=2"))
-    assert 0 not in run_processes(2, lambda _: lora_distributed.main(options(small_model, chat_data, tmp_path, "model.shard=3")), tmp_path)
-    assert "model.shard=3 does not divide 2 processes" in problems(tmp_path)
 
 
 def test_the_twins_differ_in_distribution_alone() -> None:

@@ -1,12 +1,14 @@
 """Measure recipes on a GPU and append the figures to docs/records.jsonl.
 
-    python scripts/bench.py --list
-    python scripts/bench.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
+    python scripts/bench_recipe.py --list
+    python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --baseline hf_peft --baseline plain
+    python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
 
 Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
-measured: median tokens/s, its spread, and the peak of allocated memory over the whole run. A baseline runs in the same call
-on the same GPU. Leaves out: loading weights from files, and any claim about quality.
+measured: median tokens/s, its spread, and the peak of allocated memory over the whole run. Baselines run in the same call on the
+same GPU: hf_peft (transformers + peft), and plain, the best of the recipe without kernels over {eager, compile} x {flash,
+cuDNN attention}; all four are in the record. Leaves out: loading weights from files, and any claim about quality.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 WARMUP_STEPS, MEASURED_STEPS = 5, 10
+PLAIN = ("compile cudnn", "compile flash", "eager cudnn", "eager flash")
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -87,9 +90,27 @@ def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
 
 def run_recipe(case: str, timeout_s: int, gpus: int, options: list[str]) -> dict:
     """Run one case through the recipe and reduce its log to the figures of a record; `gpus`: of the distributed one."""
-    config, overrides = case_overrides(case)
     recipe = [f"--nproc_per_node={gpus}", "lora_distributed"] if gpus else ["lora_single_device"]
-    overrides["run.global_batch_size"] *= max(1, gpus)
+    return measure(["-m", "torchft", "run", *recipe], case, timeout_s, max(1, gpus), options)
+
+
+def run_plain(case: str, timeout_s: int) -> dict:
+    """The recipe without kernels: the best of four configurations, with the figures of all."""
+    script = str(REPO / "scripts/baselines/plain.py")
+    found = {}
+    for name in PLAIN:
+        try:
+            found[name] = measure([script, *name.split()], case, timeout_s, 1, [])
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            found[name] = {"tokens_per_s": 0, "failed": str(error)}
+    best = max(found, key=lambda name: found[name]["tokens_per_s"])
+    return found[best] | {"configuration": best, "all": found}
+
+
+def measure(command: list[str], case: str, timeout_s: int, gpus: int, options: list[str]) -> dict:
+    """Run a recipe on a case's shapes, the batch times the GPUs."""
+    config, overrides = case_overrides(case)
+    overrides["run.global_batch_size"] *= gpus
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         steps = WARMUP_STEPS + MEASURED_STEPS
@@ -105,8 +126,8 @@ def run_recipe(case: str, timeout_s: int, gpus: int, options: list[str]) -> dict
             "run.sample_rows": 0,
         }
         args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()] + options
-        command = [sys.executable, "-m", "torchft", "run", *recipe, *args]
-        subprocess.run(command, check=True, timeout=timeout_s, cwd=REPO)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+        subprocess.run([sys.executable, *command, *args], check=True, timeout=timeout_s, cwd=REPO, env=environment)
         records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
     return reduce_log([r for r in records if "tokens_per_s" in r])
 
@@ -125,6 +146,8 @@ def reduce_log(records: list[dict]) -> dict:
 
 def run_baseline(name: str, case: str, timeout_s: int) -> dict:
     """Run scripts/baselines/<name>.py on the case's shapes; it prints one JSON object as its last line."""
+    if name == "plain":
+        return run_plain(case, timeout_s)
     config, overrides = case_overrides(case)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -159,7 +182,7 @@ def main() -> None:
         "--gpus", type=int, default=0, help="lora_distributed on so many GPUs, the batch times that; 0: lora_single_device"
     )
     parser.add_argument("--option", action="append", default=[], help="one more of the recipe's, such as model.shard=all")
-    parser.add_argument("--baseline", action="append", default=[], help="a script in scripts/baselines, e.g. hf_peft")
+    parser.add_argument("--baseline", action="append", default=[], help="hf_peft or plain; may be repeated")
     parser.add_argument("--records", type=Path, default=REPO / "docs/records.jsonl", help="JSON lines are appended here")
     parser.add_argument("--timeout", type=int, default=240, help="seconds per case and per baseline")
     parser.add_argument("--list", action="store_true", help="print the usual cases")
@@ -173,7 +196,7 @@ def main() -> None:
         try:
             options = [f"--gpus {args.gpus}"] * bool(args.gpus) + [f"--option {option}" for option in args.option]
             options += [f"--baseline {name}" for name in args.baseline]
-            command = " ".join(["python scripts/bench.py --case", case, *options])
+            command = " ".join(["python scripts/bench_recipe.py --case", case, *options])
             measured = run_recipe(case, args.timeout, args.gpus, args.option)
             record = {"case": case, **environment(args.gpus), "command": command, **measured, "baselines": {}}
             for name in args.baseline:

@@ -1,0 +1,154 @@
+"""Linears with LoRA adapters as single matrix products: the adapter's rank is folded into the base weight's own dimensions.
+
+    y = x W^T + (x (sA)^T) B^T = [x, x (sA)^T] [W, B]^T            one product, its sum taken in fp32 before it is rounded
+    dx = [dy, dy B] [W; sA]                                        again one
+
+W (O, D) is frozen, A (R, D) and B (O, R) are trained; several linears of the same input (q, k and v; gate and up) are one,
+their weights above each other, their A too, and their B on a diagonal of blocks. All of it stands in one matrix E:
+
+    E (O + P, D + P) = [ W   B ]       P: the ranks' sum R, rounded up to 64; what is beyond R is zero
+                       [ sA  0 ]
+
+so that both products read slices of it. Added in two steps, as it is usual, the adapter's small term would meet a base output
+that bf16 has rounded already, and its first updates would be lost; and each linear's skinny products and sums, which
+are bound by memory, would read and write the activations six times more (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+A packed E is kept, and the frozen weights are views of it; for NF4 weights, and for those that FSDP2 gathers, E is made for each
+product and dropped. Its lower right corner is never read. Three functions share this file: `lora_linear` here, `lora_norm_linear`
+and `lora_swiglu_linear`. They are autograd Functions and no library ops, which would cost the CPU some 0.5 ms each: more than
+the GPU needs for one at 2,048 tokens. Blocks made of them are not compiled, there is nothing left between them to fuse.
+
+Legend: T tokens, D input width, O output width (all linears together), P padded rank, s alpha / rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from torchft.kernels.nf4 import dequantize_into
+
+RANK_MULTIPLE = 64  # a matrix product's step along its inner dimension: less is padded there anyway
+NF4_PARTS = 5  # storage tensors of an NF4 weight, see kernels/nf4.py
+
+
+class Group(NamedTuple):
+    """Linears of one input. `base`: [E] if packed, else per linear its dense weight or its NF4 storage, as `kinds` says."""
+
+    base: list[Tensor]
+    kinds: str  # "p": packed; else one letter per linear: d dense, n NF4
+    a: list[Tensor]  # (r, D) each
+    b: list[Tensor]  # (o, r) each
+    scale: float
+
+
+def padded_rank(b: list[Tensor]) -> int:
+    """P for these B."""
+    rank = sum(part.shape[1] for part in b)
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def new_extended(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """E with nothing in it but the zeros beside B and below A."""
+    out_width, width, pad = sum(part.shape[0] for part in b), a[0].shape[1], padded_rank(b)
+    extended = torch.empty(out_width + pad, width + pad, dtype=dtype, device=a[0].device)
+    extended[:out_width, width:].zero_()
+    extended[out_width:, :width].zero_()
+    return extended
+
+
+@torch.no_grad()
+def write_adapters(extended: Tensor, a: list[Tensor], b: list[Tensor], scale: float) -> None:
+    """Put sA and B into E, in its dtype."""
+    out_width, width = sum(part.shape[0] for part in b), a[0].shape[1]
+    places, row, rank = [], 0, 0
+    for part in b:
+        rows, ranks = part.shape
+        places.append(extended[row : row + rows, width + rank : width + rank + ranks])
+        row, rank = row + rows, rank + ranks
+    ranks = [part.shape[1] for part in b]
+    places += extended[out_width : out_width + rank, :width].split(ranks)
+    torch._foreach_copy_(places, [*b, *torch._foreach_mul(a, scale)])
+
+
+def extended_weight(group: Group, dtype: torch.dtype, eager: bool) -> Tensor:
+    """E of a group: the packed one, or a new one."""
+    if group.kinds == "p":
+        return group.base[0]
+    extended = new_extended(group.a, group.b, dtype)
+    parts, row, width = iter(group.base), 0, group.a[0].shape[1]
+    for kind, part_b in zip(group.kinds, group.b, strict=True):
+        place = extended[row : row + part_b.shape[0], :width]
+        if kind == "n":
+            dequantize_into(*(next(parts) for _ in range(NF4_PARTS)), place, eager=eager)
+        else:
+            place.copy_(next(parts))
+        row += part_b.shape[0]
+    write_adapters(extended, group.a, group.b, group.scale)
+    return extended
+
+
+def project(wide: Tensor, extended: Tensor, pad: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """wide (T, D + P) with x in its first D columns, the others are filled here -> y (T, O), x (sA)^T (T, P)."""
+    width, out_width = wide.shape[1] - pad, extended.shape[0] - pad
+    torch.mm(wide[:, :width], extended[out_width:, :width].T, out=wide[:, width:])
+    y = wide @ extended[:out_width].T
+    if bias is not None:
+        y += bias
+    return y, wide[:, width:].clone()  # so that the rest of `wide` can go
+
+
+def input_gradient(dy: Tensor, extended: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """dy (T, O) -> dx (T, D), dy B (T, P): by [dy, dy B] [W; sA], for which dy is copied: where O is small."""
+    width, out_width = extended.shape[1] - pad, extended.shape[0] - pad
+    wide = dy.new_empty(dy.shape[0], out_width + pad)
+    wide[:, :out_width].copy_(dy)
+    torch.mm(dy, extended[:out_width, width:], out=wide[:, out_width:])
+    return wide @ extended[:, :width], wide[:, out_width:]
+
+
+def adapter_gradients(dyb: Tensor, x: Tensor, dy: Tensor, xa: Tensor, group: Group) -> list[Tensor]:
+    """Gradients of all A, then of all B, in fp32: dA = s (dy B)^T x, dB = dy^T (x (sA)^T)."""
+    da, db = _mm_fp32(dyb.T, x), _mm_fp32(dy.T, xa)  # (P, D), (O, P); of the latter the blocks on the diagonal
+    ranks = [part.shape[1] for part in group.b]
+    rows = [part.shape[0] for part in group.b]
+    grads = [part * group.scale for part in da.split([*ranks, da.shape[0] - sum(ranks)])[:-1]]
+    first = 0
+    for part, rank in zip(db.split(rows), ranks, strict=True):
+        grads.append(part[:, first : first + rank])
+        first += rank
+    return grads
+
+
+def _mm_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """A product over many tokens, not rounded to bf16 before it becomes a gradient."""
+    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else (x @ y).float()
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: Group, bias: Tensor | None, eager: str, *adapters: Tensor) -> Tensor:
+        extended, pad = extended_weight(group, x.dtype, "nf4" in eager), padded_rank(group.b)
+        wide = x.new_empty(x.shape[0], x.shape[1] + pad)
+        wide[:, : x.shape[1]].copy_(x)
+        y, xa = project(wide, extended, pad, bias)
+        ctx.save_for_backward(x, xa)
+        # Not as saved tensors: E is written again by a second forward, with the same values.
+        ctx.group, ctx.eager = group, eager
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+        (x, xa), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
+        dx, dyb = input_gradient(dy, extended_weight(group, x.dtype, "nf4" in ctx.eager), padded_rank(group.b))
+        return dx, None, None, None, *adapter_gradients(dyb, x, dy, xa, group)
+
+
+def lora_linear(x: Tensor, group: Group, bias: Tensor | None = None, eager: str = "") -> Tensor:
+    """x W^T + s x A^T B^T + bias: x (T, D) contiguous -> (T, O), with gradients for x, A and B.
+
+    `eager`: names of kernels, separated by blanks, that plain PyTorch shall do instead (here: nf4).
+    """
+    return _LoraLinear.apply(x, group, bias, eager, *group.a, *group.b)

@@ -1,0 +1,91 @@
+"""One line that makes a model faster and smaller: Triton kernels and folded LoRA products in place of plain forwards.
+
+    log.print(str(fuse(model, cfg.model.kernels, device)))     # delete it, and everything works as before
+
+Blocks become FusedBlocks (fused_block.py), which hold the very same submodules: names, parameters, state dict and dtypes stay.
+Whatever a kernel does not cover (generation with a cache, adapters switched off) runs in the plain forward; what is skipped
+altogether is said. Left out: fused blocks for full fine-tuning, whose weights are trained.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchft.errors import ConfigError
+from torchft.modules.compiler import missing_compiler
+from torchft.modules.lora import LoRALinear
+from torchft.modules.transformer import CausalLM
+
+KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "cross_entropy")  # names of model.kernels; lora: the folded products
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did, for one printed line."""
+
+    blocks: int  # swapped
+    loss: bool  # swapped
+    eager: tuple[str, ...]  # kernels that plain PyTorch does instead, as asked
+    skipped: str  # why blocks are not swapped, "" if they are
+
+    def __str__(self) -> str:
+        done = [f"{self.blocks} blocks"] * bool(self.blocks) + ["the loss"] * self.loss
+        line = f"kernels: {' and '.join(done) or 'none'}"
+        if self.eager:
+            line += f"; switched off: {', '.join(self.eager)}"
+        return line + (f"; blocks stay plain: {self.skipped}" if self.skipped else "")
+
+
+def fuse(model: CausalLM, switches: dict[str, str], device: torch.device) -> FuseReport:
+    """Swap kernels into `model`, on meta or loaded, after adapters and NF4 and before anything is divided or compiled.
+
+    Args:
+        switches: kernel -> triton or eager, for those that shall not be what is chosen: Triton on CUDA; on a CPU nothing is
+            swapped.
+
+    Raises:
+        ConfigError: an unknown kernel or value.
+    """
+    for name, value in switches.items():
+        if name not in KERNELS or value not in ("triton", "eager"):
+            raise ConfigError(f"model.kernels: {name}: {value} is unknown; write {', '.join(KERNELS)} with triton or eager")
+    eager = tuple(name for name in KERNELS if switches.get(name) == "eager")
+    if device.type != "cuda":
+        return FuseReport(0, False, eager, "Triton needs a GPU")
+    if missing := missing_compiler(device):
+        return FuseReport(0, False, eager, f"this machine lacks {missing}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return FuseReport(0, False, eager, "this GPU is older than Ampere")
+    return swap(model, eager)
+
+
+def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
+    """`fuse`, whatever the device."""
+    from torchft.fused_block import FusedBlock  # here: Triton is not everywhere
+    from torchft.kernels.linear_cross_entropy import linear_cross_entropy
+
+    loss = "cross_entropy" not in eager
+    if loss:
+        model.head_loss = linear_cross_entropy
+    skipped = "model.kernels says so" if "lora" in eager else _why_not(model)
+    if not skipped:
+        layers = model.model.layers
+        for index, block in enumerate(layers):
+            layers[index] = FusedBlock(block, " ".join(eager))
+    return FuseReport(0 if skipped else len(model.model.layers), loss, eager, skipped)
+
+
+def _why_not(model: CausalLM) -> str:
+    """Why the blocks of this model cannot be FusedBlocks, or ""."""
+    linears = [module for block in model.model.layers for module in block.modules() if isinstance(module, nn.Linear)]
+    adapted = [module for module in linears if isinstance(module, LoRALinear)]
+    if not adapted or any(p.requires_grad for block in model.model.layers for name, p in block.named_parameters() if ".lora_" not in name):
+        return "their own weights are trained"
+    if any(layer.lora_magnitude_vector is not None for layer in adapted):
+        return "DoRA rescales every output"
+    if any(layer.dropout > 0 for layer in adapted):
+        return "lora.dropout acts between the products that are folded"
+    return ""
+
+

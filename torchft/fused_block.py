@@ -1,0 +1,107 @@
+"""A transformer block as five ops around attention: folded LoRA products with the norms, the gate and the sums that feed them.
+
+Swapped in by torchft.fuse. Frozen weights that stay on this process are re-laid once, as views of a matrix E that has room
+for the adapters (kernels/lora_linear.py); NF4 weights, and those that FSDP2 gathers, are put into one for each product.
+
+Legend: B batch, T tokens, D hidden, H heads, K key/value heads, E head_dim.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchft.kernels.lora_linear import Group, lora_linear, new_extended, write_adapters
+from torchft.kernels.lora_norm_linear import lora_norm_linear
+from torchft.kernels.lora_swiglu_linear import lora_swiglu_linear
+from torchft.kernels.rope import rope, rope_split
+from torchft.modules import nf4
+from torchft.modules.attention import LayerCache, Mask, attend
+from torchft.modules.lora import LoRALinear
+from torchft.modules.transformer import Block
+
+QKV, O, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+
+
+class FusedBlock(Block):
+    """The parameters of a Block under the same names, and what it computes. Made by torchft.fuse."""
+
+    compilable = False  # its ops are opaque, and there is nothing left between them
+
+    def __init__(self, block: Block, eager: str) -> None:
+        nn.Module.__init__(self)
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.base_stays = block.base_stays
+        self.eager = eager
+        self.adapted = [module for module in self.modules() if isinstance(module, LoRALinear)]
+        self.packed: dict[str, Tensor] = {}  # E of kernels/lora_linear.py, by the group's first linear
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """As Block.forward."""
+        if cache is not None or not all(layer.enabled for layer in self.adapted):
+            return super().forward(h, cos, sin, mask, cache, start)
+        attention, mlp, eager = self.self_attn, self.mlp, self.eager
+        flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
+        norm = self.input_layernorm
+        group, bias = self._group(attention, QKV)
+        _, qkv = lora_norm_linear(flat, None, norm.weight, norm.eps, group, bias, eager)
+        q, k, v = self._rotated(qkv.view(*h.shape[:2], -1), cos, sin)  # (B, T, H or K, E)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        group, bias = self._group(attention, O)
+        delta = lora_linear(y.reshape(len(flat), -1), group, bias, eager)
+
+        norm = self.post_attention_layernorm
+        group, bias = self._group(mlp, GATE_UP)
+        total, gate_up = lora_norm_linear(flat, delta, norm.weight, norm.eps, group, bias, eager)
+        group, bias = self._group(mlp, DOWN)
+        return (total + lora_swiglu_linear(gate_up, group, bias, "silu", eager)).view(h.shape)
+
+    def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention, plain = self.self_attn, "rope" in self.eager
+        width = attention.head_dim
+        heads, kv_heads = (linear.out_features // width for linear in (attention.q_proj, attention.k_proj))
+        if attention.q_norm is None:
+            return rope_split(qkv, cos, sin, heads, kv_heads, eager=plain)
+        q, k, v = (
+            part.unflatten(-1, (-1, width)) for part in qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=-1)
+        )
+        return rope(attention.q_norm(q), cos, sin, eager=plain), rope(attention.k_norm(k), cos, sin, eager=plain), v
+
+    def _group(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Group, Tensor | None]:
+        """These linears of `parent` as one, and their biases; E holds the adapters as they are now."""
+        linears = [getattr(parent, name) for name in names]
+        adapters = [_adapter(linear) for linear in linears]
+        a, b = [pair[0] for pair in adapters], [pair[1] for pair in adapters]
+        scale = self.adapted[0].scale  # one for all of a model
+        biases = [linear.bias for linear in linears]
+        bias = None if biases[0] is None else torch.cat(biases)
+        if self.base_stays and not any(isinstance(linear.weight, nf4.NF4Tensor) for linear in linears):
+            extended = self._extended(names[0], linears, a, b)
+            write_adapters(extended, a, b, scale)  # each time: a fused optimizer's step shows in no version counter
+            return Group([extended], "p", a, b, scale), bias
+        kinds = "".join("n" if isinstance(linear.weight, nf4.NF4Tensor) else "d" for linear in linears)
+        base = [part for linear in linears for part in nf4.storage(linear.weight)]
+        return Group(base, kinds, a, b, scale), bias
+
+    def _extended(self, key: str, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """The kept E, of which the frozen weights are views; made when they first come, and again when they are replaced."""
+        extended = self.packed.get(key)
+        memory = None if extended is None else extended.untyped_storage().data_ptr()
+        if extended is None or any(linear.weight.untyped_storage().data_ptr() != memory for linear in linears):
+            extended, row = new_extended(a, b, linears[0].weight.dtype), 0
+            for linear in linears:
+                place = extended[row : row + linear.out_features, : linear.in_features]
+                place.copy_(linear.weight.detach())
+                linear.weight.data = place
+                row += linear.out_features
+            self.packed[key] = extended
+        return extended
+
+
+def _adapter(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """A (r, D) and B (O, r); of rank 0 where a linear has none."""
+    if isinstance(linear, LoRALinear):
+        return linear.lora_A.weight, linear.lora_B.weight
+    device = linear.weight.device
+    return torch.empty(0, linear.in_features, device=device), torch.empty(linear.out_features, 0, device=device)
