@@ -27,8 +27,8 @@ from torchft.kernels import launch
 IGNORE_INDEX = -100  # label of a token that is not supervised
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# With 16 warps 16 elements a thread, two loads of 16 bytes in bf16; 4 programs fit on a multiprocessor, so that the 512 rows of a
-# chunk run at once on 132. At least 1024, so that no element is held by two warps, one of which could read what the other wrote.
+# 16 elements a thread with 16 warps, two loads of 16 bytes in bf16; 4 programs fit on a multiprocessor, so that the 512
+# rows of a chunk run at once on 132. At least 1024, so that no two warps hold the same element.
 MAX_BLOCK = 8192
 MIN_BLOCK = 1024
 
