@@ -27,8 +27,8 @@ from torchft.kernels import launch
 IGNORE_INDEX = -100  # label of a token that is not supervised
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# With 16 warps 16 elements a thread, two loads of 16 bytes in bf16; 4 programs fit on a multiprocessor, so that the 512 rows of a
-# chunk run at once on 132. At least 1024, so that no element is held by two warps, one of which could read what the other wrote.
+# 16 elements a thread with 16 warps, two loads of 16 bytes in bf16; 4 programs fit on a multiprocessor, so that the 512
+# rows of a chunk run at once on 132. At least 1024, so that no two warps hold the same element.
 MAX_BLOCK = 8192
 MIN_BLOCK = 1024
 
@@ -217,9 +217,12 @@ def _setup_cross_entropy(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, 
 @once_differentiable
 def _cross_entropy_backward(ctx: FunctionCtx, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     grad_hidden, grad_weight = ctx.saved_tensors
-    grad_hidden = grad_hidden * upstream if ctx.wanted[0] else None
-    grad_weight = (grad_weight * upstream).to(ctx.weight_dtype) if ctx.wanted[1] else None
-    return grad_hidden, grad_weight, None, None, None, None
+    scaled_hidden = grad_hidden * upstream if ctx.wanted[0] else None
+    scaled_weight = None
+    if ctx.wanted[1]:  # straight into the weight's dtype: no further fp32 copy of the size of the head
+        scaled_weight = torch.empty(grad_weight.shape, dtype=ctx.weight_dtype, device=grad_weight.device)
+        torch.mul(grad_weight, upstream, out=scaled_weight)
+    return scaled_hidden, scaled_weight, None, None, None, None
 
 
 _cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_setup_cross_entropy)

@@ -14,8 +14,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = [1, 7, 100, 1000, 5001]
 OPS = [linear_cross_entropy, linear_logprobs]
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3}
-# Both have to be equal to the kernels': TF32 would be no fp32.
-torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +54,11 @@ def exact(op, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, inputs: tuple[torch.Tensor, ...], bound: float) -> None:
     """The results, and the gradients at a random upstream one (PITFALLS G3)."""
-    assert (got - expected).norm() <= bound * (1.0 + expected.norm())
+    assert got.dtype == torch.float32 and (got - expected).norm() <= bound * (1.0 + expected.norm())
     upstream = torch.rand_like(got) - 2.0
     grads = torch.autograd.grad(got, inputs, upstream)
     for one, other in zip(grads, torch.autograd.grad(expected, inputs, upstream.to(expected.dtype)), strict=True):
-        assert one.dtype == other.dtype
-        assert (one - other).norm() <= bound * (other.norm() + 1e-6)
+        assert one.dtype == other.dtype and (one - other).norm() <= bound * (other.norm() + 1e-6)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -72,10 +69,8 @@ def test_equals_fp64(op, vocabulary, chunk_size, dtype, eager):
     hidden, weight, labels = problem(vocabulary=vocabulary, dtype=dtype)
     copies = [x.detach().clone() for x in (hidden, weight, labels)]
     got = op(hidden, weight, labels, chunk_size=chunk_size, eager=eager)
-    assert got.dtype == torch.float32
     assert_same(got, exact(op, hidden, weight, labels), (hidden, weight), BOUNDS[dtype])
-    for tensor, copy in zip((hidden, weight, labels), copies, strict=True):
-        assert torch.equal(tensor, copy)
+    assert all(torch.equal(x, copy) for x, copy in zip((hidden, weight, labels), copies, strict=True))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -103,9 +98,9 @@ def test_chunks_of_any_size_are_the_same(op, eager):
 def test_nothing_supervised_is_a_zero_connected_to_the_graph(op, num_tokens, eager):
     hidden, weight, _ = problem(num_tokens)
     labels = torch.full((num_tokens,), plain.IGNORE_INDEX, device=DEVICE)
-    loss = op(hidden, weight, labels, eager=eager).sum()
-    assert loss == 0 and not torch.signbit(loss)
-    loss.backward()
+    value = op(hidden, weight, labels, eager=eager)
+    assert (value == 0).all() and not torch.signbit(value).any()
+    value.sum().backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
@@ -122,8 +117,7 @@ def test_what_an_ignored_row_holds_does_not_matter(op, eager):
         # An upstream gradient of an ignored token goes nowhere either.
         upstream = torch.ones_like(value).masked_fill_(labels == plain.IGNORE_INDEX, math.nan) if value.dim() else None
         results.append((value, *torch.autograd.grad(value, (given, weight), upstream)))
-    for clean, other in zip(*results, strict=True):
-        assert torch.equal(clean, other)
+    assert all(torch.equal(clean, other) for clean, other in zip(*results, strict=True))
     assert torch.equal(results[0][1][3::3], torch.zeros_like(hidden[3::3]))
 
 
@@ -163,7 +157,7 @@ def test_only_the_wanted_gradients_are_made(op, frozen, eager):
         assert (weight if frozen == "weight" else hidden).grad is None
 
 
-def test_no_gradient_is_computed_under_no_grad(eager, monkeypatch):
+def test_no_gradient_is_computed_where_none_is_wanted(eager, monkeypatch):
     hidden, weight, labels = problem()
     expected = linear_cross_entropy(hidden, weight, labels, eager=eager)
     inner, asked = kernel._logprobs, []
@@ -173,17 +167,17 @@ def test_no_gradient_is_computed_under_no_grad(eager, monkeypatch):
         inner(logits, labels, upstream, out, write_gradient, eager)
 
     monkeypatch.setattr(kernel, "_logprobs", spied)
+    assert torch.equal(linear_cross_entropy(hidden.detach(), weight.detach(), labels, eager=eager), expected)
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight, labels, eager=eager), expected)
-    assert asked == [False]
+    assert asked == [False, False]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_backward_can_run_twice_and_refuses_a_second_order(op, eager):
     hidden, weight, labels = problem()
     loss = (op(hidden, weight, labels, eager=eager) * 3.0).sum()
-    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    second = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     with pytest.raises(RuntimeError):
         grads = torch.autograd.grad((op(hidden, weight, labels, eager=eager) ** 2).sum(), hidden, create_graph=True)
@@ -217,10 +211,12 @@ def test_extreme_logits_stay_finite(op, eager):
     loss = op(hidden, weight, torch.tensor([2], device=DEVICE), eager=eager).sum()
     assert loss.abs() == 400.0
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+    low = op(-hidden.abs(), weight.abs(), torch.tensor([2], device=DEVICE), eager=eager).sum()  # all of them are -200
+    torch.testing.assert_close(low.abs(), torch.tensor(math.log(3), device=DEVICE))
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_a_confident_tokens_gradient_survives(op, dtype, eager):
     """p - 1 where the dtype's nearest probability is 1 and the gradient would be lost."""
     hidden = torch.ones(1, 1, dtype=dtype, device=DEVICE, requires_grad=True)
@@ -228,7 +224,9 @@ def test_a_confident_tokens_gradient_survives(op, dtype, eager):
     labels = torch.tensor([0], device=DEVICE)
     gradient = torch.autograd.grad(op(hidden, weight, labels, eager=eager).sum(), weight)[0]
     expected = torch.autograd.grad(exact(op, hidden, weight, labels).sum(), weight)[0]
-    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=0)
+    # The kernel's is as exact as fp32 allows; that of PyTorch's fp32 log-probability, 1 - 7.5e-5 rounded, to 1e-3.
+    bound = 1e-5 if dtype == torch.float32 and not eager else 1e-2
+    torch.testing.assert_close(gradient, expected, rtol=bound, atol=0)
     assert 0 < expected[0].abs() < 1e-4
 
 
@@ -250,11 +248,9 @@ def test_the_weights_gradient_of_many_chunks_is_as_good_as_of_one(eager):
     labels = torch.randint(31, (256,), device=DEVICE)
     expected = torch.autograd.grad(exact(linear_cross_entropy, hidden, weight, labels), weight)[0]
 
-    def error(chunk_size: int) -> float:
-        loss = linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, eager=eager)
-        return (torch.autograd.grad(loss, weight)[0] - expected).norm().item()
-
-    assert error(4) <= 1.5 * error(256)
+    losses = [linear_cross_entropy(hidden, weight, labels, chunk_size=size, eager=eager) for size in (4, 256)]
+    many, one = ((torch.autograd.grad(loss, weight)[0] - expected).norm() for loss in losses)
+    assert many <= 1.5 * one
 
 
 def test_a_label_beyond_the_vocabulary_is_loud_and_reads_nothing():
@@ -265,12 +261,9 @@ def test_a_label_beyond_the_vocabulary_is_loud_and_reads_nothing():
 
 
 def test_the_chunk_is_chosen_by_vocabulary_and_dtype_alone():
-    assert default_chunk_size(128_256, torch.bfloat16) == 512
-    assert default_chunk_size(262_144, torch.bfloat16) == 256
+    bf16 = {7: 2048, 32_000: 2048, 128_256: 512, 262_144: 256, 1_000_000: 128}
+    assert {size: default_chunk_size(size, torch.bfloat16) for size in bf16} == bf16
     assert default_chunk_size(262_144, torch.float32) == 128
-    assert default_chunk_size(1_000_000, torch.float32) == 128
-    assert default_chunk_size(32_000, torch.bfloat16) == 2048
-    assert default_chunk_size(7, torch.float32) == 2048
 
 
 def test_wrong_arguments_are_refused_by_name(eager):
@@ -289,12 +282,12 @@ def test_wrong_arguments_are_refused_by_name(eager):
                 op(*inputs, **options, eager=eager)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_without_triton_only_the_eager_twin_runs(op, monkeypatch):
+def test_without_triton_only_the_eager_twin_runs(monkeypatch):
     monkeypatch.setattr("torchft.kernels.launch.can_run", lambda tensor: False)
-    op(*problem(), eager=True).sum().backward()
-    with pytest.raises(ValueError, match="eager=True"):
-        op(*problem())
+    for op in OPS:
+        op(*problem(), eager=True).sum().backward()
+        with pytest.raises(ValueError, match="eager=True"):
+            op(*problem())
 
 
 def test_the_ops_are_registered_whole(eager, monkeypatch):
@@ -303,55 +296,5 @@ def test_the_ops_are_registered_whole(eager, monkeypatch):
     for wanted in ([True, True], [False, True], [True, False]):
         given = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=False)]
         torch.library.opcheck(ops.linear_cross_entropy.default, (*given, inputs[2], 3, wanted, eager))
+        assert not any(x.requires_grad for x in ops.linear_cross_entropy(*given, inputs[2], 3, wanted, eager)[1:])
     torch.library.opcheck(ops.linear_logprobs.default, (*inputs, 3, eager))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 151_936, 262_144, 262_143])
-def test_real_vocabularies_lose_no_more_than_torch(op, vocabulary, dtype, monkeypatch):
-    monkeypatch.undo()
-    hidden, weight, labels = problem(700, vocabulary, width=256)
-    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight * 0.1))
-    results = []
-    upstream = torch.rand(700, device=DEVICE) - 2.0 if op is linear_logprobs else torch.tensor(0.3, device=DEVICE)
-    for value in (op(hidden, weight, labels), getattr(plain, op.__name__)(hidden, weight, labels)):
-        results.append((value, *torch.autograd.grad(value, (hidden, weight), upstream)))
-    value = exact(op, hidden, weight, labels)
-    expected = (value, *(x.double() for x in torch.autograd.grad(value, (hidden, weight), upstream.double())))
-    for got, torchs, other in zip(*results, expected, strict=True):
-        bound = max(1.2 * ((torchs - other).norm() / other.norm()).item(), 2e-6)
-        assert (got - other).norm() <= bound * other.norm()
-
-
-@pytest.mark.gpu
-def test_the_weights_gradient_in_bf16_is_summed_in_fp32_within_the_product(monkeypatch):
-    """torch.addmm(out_dtype=) takes a fp32 sum and writes it in place."""
-    monkeypatch.undo()
-    gradient, x = (torch.randn(64, n, dtype=torch.bfloat16, device=DEVICE) for n in (1000, 96))
-    start = torch.randn(1000, 96, device=DEVICE)
-    total = start.clone()
-    kernel._add_product(total, gradient, x)
-    torch.testing.assert_close(total, (start + gradient.double().T @ x.double()).float(), rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.gpu
-def test_offsets_beyond_32_bits(monkeypatch):
-    """PITFALLS G1: a chunk of 8,300 x 262,144 logits, 2.18e9 elements."""
-    monkeypatch.undo()
-    rows, vocabulary = 8_300, 262_144
-    torch.manual_seed(0)
-    logits = torch.randn(rows, vocabulary, dtype=torch.bfloat16, device=DEVICE)
-    assert logits.numel() > 2**31
-    labels = torch.randint(vocabulary, (rows,), device=DEVICE)
-    labels[::7] = plain.IGNORE_INDEX
-    before, out = logits.clone(), torch.full((rows,), math.nan, device=DEVICE)
-    kernel._logprobs(logits, labels, None, out, True, False)
-    for start in range(0, rows, 100):
-        part = slice(start, start + 100)
-        value = torch.full_like(out[part], math.nan)
-        expected = before[part].float()
-        kernel._logprobs(expected, labels[part], None, value, True, True)
-        torch.testing.assert_close(out[part], value, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(logits[part].float(), expected, rtol=8e-3, atol=1e-9)
