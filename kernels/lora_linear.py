@@ -24,12 +24,15 @@ Legend: T tokens, D input width, O output width (all linears together), P padded
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from torchft.kernels.nf4 import dequantize_into
 
 RANK_MULTIPLE = 64  # a matrix product's step along its inner dimension: less is padded there anyway
+STRIP_ROWS = 64  # of E's right strip per program: 8 KiB in bf16
 NF4_PARTS = 5  # storage tensors of an NF4 weight, see kernels/nf4.py
 
 
@@ -49,27 +52,46 @@ def padded_rank(b: list[Tensor]) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
+@triton.jit
+def _strip_kernel(p_b, p_out, O, P, stride_b, stride_out, rank, offset, PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of E's right strip: [0 .. 0, B, 0 .. 0], B from column offset on. Whole rows, so that whole sectors are written."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_column = tl.arange(0, PAD)[None, :]
+    m_row = o_row < O
+    m_b = m_row & (o_column >= offset) & (o_column < offset + rank)
+    b_b = tl.load(p_b + o_row * stride_b + (o_column - offset), mask=m_b, other=0.0)
+    m_out = m_row & (o_column < P)  # PAD is the next power of two
+    tl.store(p_out + o_row * stride_out + o_column, b_b.to(p_out.dtype.element_ty), mask=m_out)
+
+
 def new_extended(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """E with nothing in it but the zeros beside B and below A."""
+    """E with nothing in it yet."""
     out_width, width, pad = sum(part.shape[0] for part in b), a[0].shape[1], padded_rank(b)
-    extended = torch.empty(out_width + pad, width + pad, dtype=dtype, device=a[0].device)
-    extended[:out_width, width:].zero_()
-    extended[out_width:, :width].zero_()
-    return extended
+    return torch.empty(out_width + pad, width + pad, dtype=dtype, device=a[0].device)
 
 
 @torch.no_grad()
 def write_adapters(extended: Tensor, a: list[Tensor], b: list[Tensor], scale: float) -> None:
-    """Put sA and B into E, in its dtype."""
+    """Put sA and B into E, in its dtype, and zeros around them."""
     out_width, width = sum(part.shape[0] for part in b), a[0].shape[1]
-    places, row, rank = [], 0, 0
-    for part in b:
-        rows, ranks = part.shape
-        places.append(extended[row : row + rows, width + rank : width + rank + ranks])
+    row, rank = 0, 0
+    for part_a, part_b in zip(a, b, strict=True):
+        (rows, ranks) = part_b.shape
+        torch.mul(part_a, scale, out=extended[out_width + rank : out_width + rank + ranks, :width])
+        write_strip(extended[row : row + rows, width:], part_b, rank, eager=not part_b.is_cuda)
         row, rank = row + rows, rank + ranks
-    ranks = [part.shape[1] for part in b]
-    places += extended[out_width : out_width + rank, :width].split(ranks)
-    torch._foreach_copy_(places, [*b, *torch._foreach_mul(a, scale)])
+    extended[out_width + rank :, :width].zero_()
+
+
+def write_strip(strip: Tensor, b: Tensor, offset: int, *, eager: bool = False) -> None:
+    """B (O, r) into columns offset .. offset + r of strip (O, P), rows strided; the other columns become zero."""
+    (rows, rank), pad = b.shape, strip.shape[1]
+    if eager:
+        strip.zero_()
+        strip[:, offset : offset + rank].copy_(b)
+    elif pad > 0:
+        grid, block = (triton.cdiv(rows, STRIP_ROWS),), triton.next_power_of_2(pad)
+        _strip_kernel[grid](b, strip, rows, pad, b.stride(0), strip.stride(0), rank, offset, PAD=block, ROWS=STRIP_ROWS)
 
 
 def extended_weight(group: Group, dtype: torch.dtype, eager: bool) -> Tensor:

@@ -77,15 +77,17 @@ class Checkpointing:
         if index == 0:
             self.last = None
 
+        # Not stopped early, by an exception amid the block's last op: it would save one addition, and is lost (a SystemError) where
+        # CUDA's allocations are recorded.
         def recompute(h: Tensor) -> Tensor:  # the tables and masks in `args` are shared by all blocks: not saved again
             return block(h, *args)
 
         if not self.offload:
-            return checkpoint(recompute, h, use_reentrant=False)
+            return checkpoint(recompute, h, use_reentrant=False, early_stop=False)
         if h.is_cuda and self.stream is None:
             self.stream = torch.cuda.Stream(h.device)
         with saved_tensors_hooks(self._pack, _Offloaded.fetch):
-            return checkpoint(recompute, h, use_reentrant=False)
+            return checkpoint(recompute, h, use_reentrant=False, early_stop=False)
 
     def _pack(self, x: Tensor) -> _Offloaded:
         self.last = _Offloaded(x, self.last, self.stream if x.is_cuda else None)

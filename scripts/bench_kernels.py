@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from bench import environment
+from bench_recipe import environment
 from kernel_cases import CASES, Case, Size, tiny_size
 from torch import Tensor
 

@@ -71,8 +71,8 @@ def test_nothing_is_removed_before_the_new_one_verifies(tmp_path: Path, monkeypa
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchft.checkpoint.FORMAT", "torchft checkpoint 2")
-    with pytest.raises(UserError, match="has the format 'torchft checkpoint 2', this version reads"):
+    monkeypatch.setattr("torchft.checkpoint.FORMAT", "torchft checkpoint 1")
+    with pytest.raises(UserError, match="has the format 'torchft checkpoint 1', this version reads"):
         save(tmp_path, 1)
 
 
