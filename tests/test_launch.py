@@ -93,6 +93,33 @@ if __name__ == "__main__":
 '''
 
 
+JOINED = '''
+"""A recipe that fails after its process has joined the others, of which there are none."""
+
+from dataclasses import dataclass, field
+
+from torchft.config import RunConfig
+from torchft.distributed import join_processes
+from torchft.errors import ConfigError
+from torchft.parse import parse
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    how: str = "user"
+
+
+def main(cfg):
+    join_processes()
+    raise ConfigError("model.shard=2 divides nothing") if cfg.how == "user" else RuntimeError("shapes differ")
+
+
+if __name__ == "__main__":
+    main(parse(Config))
+'''
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quick") / "quick.py"
@@ -183,6 +210,18 @@ def test_a_wrong_option_and_a_users_mistake_on_one_process(quick):
     assert run.returncode == 2
     run = tune("run", quick, "how=user")
     assert (run.stderr, run.returncode) == ("error: rows.jsonl:3: no answer; add one\n", 1)
+
+
+def test_a_failure_after_joining_is_printed_on_one_process(tmp_path):
+    """torch.distributed puts an excepthook of its own over ours, which would swallow what ours prints."""
+    file = tmp_path / "joined.py"
+    file.write_text(JOINED, encoding="utf-8")
+    run = tune("run", file)
+    assert (run.stderr, run.returncode) == ("error: model.shard=2 divides nothing\n", 2)
+    run = tune("run", file, "how=trace")
+    assert frames(run.stderr) == [str(file), str(file)]
+    assert run.stderr.endswith("\nRuntimeError: shapes differ\n") and "[rank0]" not in run.stderr
+    assert run.returncode == 1
 
 
 def test_ctrl_c_leaves_without_a_traceback(quick):
