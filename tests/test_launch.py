@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,44 @@ class Config:
 def main(cfg):
     join_processes()
     raise ConfigError("model.shard=2 divides nothing") if cfg.how == "user" else RuntimeError("shapes differ")
+
+
+if __name__ == "__main__":
+    main(parse(Config))
+'''
+
+
+STOPPED = '''
+"""A recipe that waits for a signal; rank `fail_on` raises as soon as all are ready for one."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchft.checkpoint import StopSignal
+from torchft.config import RunConfig
+from torchft.errors import UserError
+from torchft.parse import parse
+from torchft.ranks import rank, world_size
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    fail_on: int = -1
+
+
+def main(cfg):
+    stop = StopSignal()
+    Path(cfg.run.out, f"ready_{rank()}").touch()
+    while len(list(Path(cfg.run.out).glob("ready_*"))) < world_size():
+        time.sleep(0.05)
+    if rank() == cfg.fail_on:
+        raise UserError("rows.jsonl:3: no answer; add one")
+    while not stop.exit_code:
+        time.sleep(0.05)
+    sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":
@@ -233,6 +272,24 @@ def test_ctrl_c_leaves_without_a_traceback(quick):
     assert process.returncode == 130
 
 
+def test_ctrl_c_on_two_processes_is_answered_in_one_line(tmp_path):
+    """Not by each of them, nor by torchrun's log."""
+    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    argv = [sys.executable, "-m", "torchft", "run", "--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        while len(list(tmp_path.glob("ready_*"))) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "\nSIGINT: saving after this step\nstopped by SIGINT\n"
+    assert process.returncode == 130
+
+
+def test_a_process_that_is_stopped_because_another_failed_promises_nothing(tmp_path, capfd):
+    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    assert launch.run_workers(["--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}", "fail_on=1"]) == 1
+    assert capfd.readouterr().err == "error: rows.jsonl:3: no answer; add one\n"
+
+
 # ---------------------------------------------------------------------------------------------------- without processes
 
 
@@ -242,8 +299,11 @@ def test_options_in_the_wrong_place_and_missing_recipes():
             launch.run(argv)
     with pytest.raises(UserError, match="there is no recipe file x.py"):
         launch.run(["x.py"])
-    with pytest.raises(UserError, match="no recipe is given"):
-        launch.run([])
+    for argv in ([], ["--nproc_per_node", "2"]):
+        with pytest.raises(UserError, match="no recipe is given; tune run .*; `tune ls` lists the recipes"):
+            launch.run(argv)
+    with pytest.raises(UserError, match="argument --nproc-per-node/--nproc_per_node: expected one argument; tune run "):
+        launch.run(["--nproc_per_node"])
 
 
 def test_torchrun_options_are_torchruns(recipe):
