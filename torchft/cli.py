@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         _note_other_owner()
         if argv[:1] == ["run"]:
             _run(argv[1:])
-        args = _parser().parse_args(argv)
+        args = parse_arguments(argv)
         args.function(args)
         sys.stdout.flush()
     except UserError as error:
@@ -59,6 +59,19 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `tune ls | head`: what is still buffered goes nowhere, without a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The parsed command line; key=value may stand before and after the options of the command that takes it."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = vars(args).get("overrides")
+    unknown = rest if overrides is None else [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*overrides, *rest]
+    return args
 
 
 def _run(argv: list[str]) -> NoReturn:

@@ -24,7 +24,7 @@ from torchft.checks import Problems, check_options, check_pairs, check_paths, ne
 from torchft.config import SourceConfig
 from torchft.crash import install_excepthook
 from torchft.errors import ConfigError
-from torchft.names import find_config, nearest_option, old_key_advice
+from torchft.names import find_config, nearest_group, nearest_option, old_key_advice
 from torchft.options import group_names, help_text, list_options
 from torchft.strict_yaml import COMMAND_LINE, NULL, STR, compose_file, compose_text, where
 from torchft.typed import Problem, read_pairs, read_value
@@ -162,6 +162,12 @@ class _Reader:
         if field := re.fullmatch(r"(data\.(?:train|valid))(?:\.(\d+)|\[(\d+)\])\.(\w+)", key):
             self.read_source_field(field[1], int(field[2] or field[3]), field[4], raw)
             return
+        if column := re.fullmatch(r"(data\.(?:train|valid))(?:\.(\d+)|\[(\d+)\])\.columns\.(\w+)", key):
+            option, number = column[1], column[2] or column[3]
+            whole = show_key(f"{option}.{number}.columns={{{column[4]}: {raw}}}")
+            problem = f'is not an option; write "{whole}"'
+            self.problems.append(Problem(COMMAND_LINE, f"{option}[{number}].columns.{column[4]}", problem))
+            return
         matches = [name for name in self.hints if name.rpartition(".")[2] == key]
         name = matches[0] if len(matches) == 1 else key
         self.read_option(override_node(raw, self.hints.get(name, str)), name)
@@ -217,6 +223,8 @@ class _Reader:
             return advice
         if len(self.problems) >= MAX_PROBLEMS:  # a file of nonsense: the search for the nearest name is slow
             return "is not an option"
+        if group := nearest_group(key, list(self.groups), list(self.hints)):
+            return f"is not an option; did you mean the group {group}?"
         return f"is not an option; did you mean {nearest_option(key, list(self.hints))}?"
 
     def check(self, function: Callable[[dict[str, Any]], Problems], values: dict[str, Any]) -> None:
