@@ -190,6 +190,24 @@ def test_options_of_the_config_may_stand_after_those_of_the_command(after):
     assert (args.config, args.examples, args.overrides) == ("tiny/lora", 1, ["seed=1", "lr=2"])
 
 
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["data", "tiny/lora", "--examples", "-1"], "--examples is -1; write 0 or more"),
+        (["generate", "m", "--max-new-tokens", "0"], "--max-new-tokens is 0; write 1 or more"),
+        (["generate", "m", "--prompt", ""], "--prompt is empty; leave it out to chat"),
+        (["generate", "m", "--prompt", " "], "--prompt is empty; leave it out to chat"),
+    ],
+)
+def test_values_that_ask_for_nothing_are_refused(argv, words, capsys):
+    assert tune(capsys, *argv) == (1, "", f"error: {words}\n")
+
+
+def test_a_chat_is_what_no_prompt_asks_for():
+    assert cli.parse_arguments(["generate", "m"]).prompt is None
+    assert cli.parse_arguments(["data", "tiny/lora", "--examples", "0"]).examples == 0
+
+
 def test_what_no_command_knows_is_refused(capsys):
     for argv in (["data", "tiny/lora", "--exampels", "1"], ["ls", "seed=1"], ["cat", "tiny/lora", "--force"]):
         code, _, err = tune(capsys, *argv)

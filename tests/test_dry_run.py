@@ -171,6 +171,13 @@ def test_data_asks_nothing_about_the_run(workplace, capsys):
     assert "data.valid_fraction and data.valid both give" in capsys.readouterr().err
 
 
+def test_validate_counts_one_example_as_one(workplace, capsys):
+    row = Path("train.jsonl").read_text().splitlines()[0]
+    Path("train.jsonl").write_text(row)
+    cli.main(["validate", "c.yaml"])
+    assert f"data    ok: 1 example, {FIRST_ROWS} held out\n" in capsys.readouterr().out
+
+
 def test_data_names_a_bad_row_by_file_and_line(workplace, capsys):
     lines = Path("train.jsonl").read_text().splitlines()
     Path("train.jsonl").write_text("\n".join([*lines[:2], "{broken", *lines[2:]]))

@@ -316,6 +316,27 @@ def test_torchrun_options_are_torchruns(recipe):
     assert not launch.parse_torchrun_options(["--master-port=3", str(recipe)]).standalone
 
 
+def test_the_command_as_it_can_be_typed(tmp_path, monkeypatch):
+    """`make demo` activates no environment: the name alone would not be found."""
+    bin = tmp_path / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(bin / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert launch.tune_command() == ".venv/bin/python -m torchft"  # nothing is installed there
+    (bin / "tune").touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    assert launch.tune_command() == ".venv/bin/tune"
+    monkeypatch.chdir(bin)
+    assert launch.tune_command() == "./tune"
+    monkeypatch.chdir("/usr")
+    assert launch.tune_command() == str(bin / "tune")
+    monkeypatch.setenv("PATH", str(bin))
+    assert launch.tune_command() == "tune"
+    (tmp_path / "tune").touch(mode=0o755)  # another environment's
+    monkeypatch.setenv("PATH", f"{tmp_path}:{bin}")
+    assert launch.tune_command() == str(bin / "tune")
+
+
 def test_impossible_torchrun_values_are_user_errors(recipe):
     for option in ("--nproc_per_node=many", "--nnodes=0", "--nnodes=a", "--max-restarts=-1"):
         with pytest.raises(UserError, match="torchrun refuses these options"):

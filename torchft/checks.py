@@ -240,6 +240,12 @@ def nearest(word: str, known: list[str]) -> str:
     return difflib.get_close_matches(word[:60], known, 1, cutoff=0.0)[0]
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `3 processes`, `1,000 entries`."""
+    plural = noun[:-1] + "ies" if noun.endswith("ry") else noun + ("es" if noun.endswith(("s", "tch")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def show(value: Any) -> str:
     """A value in a message: quoted, one line, at most 60 characters, no control characters."""
     text = repr(value)

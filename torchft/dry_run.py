@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchft.checks import counted
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.errors import UserError
 from torchft.parse import read_config
@@ -94,7 +95,7 @@ def check_data(cfg: Options) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
     """Tokenises all data and prints what the run would read. Returns (tokenizer, training data, validation data)."""
     tokenizer, loader, valid = load_data(cfg)
     held_out = 0 if valid is None else len(valid)
-    print(f"data    ok: {len(loader.dataset):,} examples, {held_out:,} held out")
+    print(f"data    ok: {counted(len(loader.dataset), 'example')}, {held_out:,} held out")
     print(textwrap.indent(loader.summary(), INDENT), flush=True)
     return tokenizer, loader.dataset, valid
 

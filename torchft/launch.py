@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -44,6 +46,23 @@ def run(argv: list[str]) -> NoReturn:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, str(path), *argv[1:]])
     sys.exit(run_workers(argv))
+
+
+def tune_command() -> str:
+    """`tune` as the user can type it: by its path where the shell would find none, or another environment's."""
+    python = Path(sys.executable)
+    tune = python.with_name("tune")
+    if not tune.is_file():
+        return f"{_typed(python)} -m torchft"
+    found = shutil.which("tune")
+    return "tune" if found and tune.samefile(found) else _typed(tune)
+
+
+def _typed(path: Path) -> str:
+    if not path.is_relative_to(Path.cwd()):
+        return shlex.quote(str(path))
+    inner = path.relative_to(Path.cwd())
+    return shlex.quote(f"./{inner}" if len(inner.parts) == 1 else str(inner))
 
 
 def check_order(arguments: list[str]) -> None:

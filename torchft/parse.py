@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from yaml.error import Mark
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from torchft.checks import Problems, check_options, check_pairs, check_paths, nearest, show, show_key
+from torchft.checks import Problems, check_options, check_pairs, check_paths, counted, nearest, show, show_key
 from torchft.config import SourceConfig
 from torchft.crash import install_excepthook
 from torchft.errors import ConfigError
@@ -182,7 +182,7 @@ class _Reader:
         key, sources = f"{option}[{index}].{field}", list(self.values.get(option, []))
         hints = get_type_hints(SourceConfig)
         if index >= len(sources):
-            problem = f"sets a field of entry {index}, but {option} has {len(sources)} entries, counted from 0"
+            problem = f"sets a field of entry {index}, but {option} has {counted(len(sources), 'entry')}, counted from 0"
         elif field not in hints:
             problem = f"is not an option; did you mean {nearest(field, list(hints))}?"
         else:
