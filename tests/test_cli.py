@@ -143,18 +143,18 @@ def test_torchtunes_recipe_names():
 
 def test_unknown_names_get_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("mine.py").touch()
+    Path("rows.jsonl").touch()
     for name, words in (
         ("llama3_1/8B_lore", "did you mean llama3_1/8B_lora?"),
         ("llama3_1/8B_lora.yaml", "did you mean the shipped config llama3_1/8B_lora?"),
         ("llama3_1/8B_lora_single_devise", "did you mean llama3_1/8B_"),
         ("nonsense", "tune ls"),
         ("mine.yaml", f"there is no config file mine.yaml (looked in {tmp_path})"),
-        ("lora_single_device", "lora_single_device is a recipe, no config; give a .yaml file or a config's name from `tune ls`"),
+        ("lora_single_device", "lora_single_device is a recipe, no config; give a .yaml file or a config's name"),
         ("rows.jsonl", "rows.jsonl is no YAML config; give a .yaml file or a config's name from `tune ls`"),
         ("mine.py", "mine.py is no YAML config; "),
     ):
-        Path("mine.py").touch()
-        Path("rows.jsonl").touch()
         with pytest.raises(ValueError) as caught:
             find_config(name)
         assert words in str(caught.value), name

@@ -82,7 +82,7 @@ def run_workers(argv: list[str]) -> int:
 
     args = parse_torchrun_options(argv)
     # torchrun's own lines about a failure (pid, "binary: python") or a signal say less than what is printed below.
-    for name in ("torch.distributed.elastic", *logging.root.manager.loggerDict):  # its modules' loggers have levels of their own
+    for name in ("torch.distributed.elastic", *logging.root.manager.loggerDict):  # modules set levels of their own
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tune_run_") as log_dir:
