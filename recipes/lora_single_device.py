@@ -29,6 +29,7 @@ from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
 from torchft.generate import Answer, answer_examples, exact_match, first_conversations
 from torchft.hf_checkpoint import fingerprint
+from torchft.launch import tune_command
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.checkpointing import apply_activation_checkpointing
@@ -190,7 +191,7 @@ def main(cfg: Config) -> None:
         text = {"tokenizer": tokenizer, "template": template}  # saved where they are not the base model's own
         save_adapter(model, spec, out / "adapter", base_path=str(path), **text, replace_existing=True)
         log.print(f"saved and verified: {verify_adapter(model, spec, out / 'adapter')}")
-        log.print(f"try it: tune generate {cfg.model.path} --adapter {out / 'adapter'}")
+        log.print(f"try it: {tune_command()} generate {cfg.model.path} --adapter {out / 'adapter'}")
     log.close()
 
 

@@ -245,3 +245,27 @@ def test_stop_signal_is_a_flag(capfd: pytest.CaptureFixture[str]) -> None:
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.exit_code == 130
     stop.close()
+
+
+@pytest.mark.parametrize(
+    "number, rank, failed, said",
+    [
+        (signal.SIGINT, 0, False, "\nSIGINT: saving after this step\n"),
+        (signal.SIGTERM, 0, False, "\nSIGTERM: saving after this step, unless a process has failed\n"),
+        (signal.SIGTERM, 0, True, ""),
+        (signal.SIGTERM, 1, False, ""),
+    ],
+)
+def test_of_several_processes_the_first_speaks_and_not_where_another_failed(
+    number, rank, failed, said, tmp_path, monkeypatch, capfd
+):
+    """The launcher sends SIGTERM to the others when one has failed: nothing is saved then."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("TORCHELASTIC_ERROR_FILE", tmp_path / "0" / "error.json")):
+        monkeypatch.setenv(name, str(value))
+    if failed:
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "error.json").touch()
+    stop = StopSignal()
+    os.kill(os.getpid(), number)
+    stop.close()
+    assert (stop.exit_code, capfd.readouterr().err) == (128 + number, said)

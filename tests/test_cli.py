@@ -97,9 +97,11 @@ def test_cp_and_cat_of_a_name_that_is_neither_recipe_nor_config(capsys, tmp_path
     for argv in (("cat", "8B_lora"), ("cp", "8B_lora", str(tmp_path / "x.yaml"))):
         code, out, err = tune(capsys, *argv)
         assert code == 1 and out == ""
-        assert err.startswith("error: neither a recipe nor a config is called '8B_lora'; the nearest names are lora_")
-        assert "/8B_lora (tune ls)\n" in err
-    assert "lora_single_device and " in tune(capsys, "cat", "lora_single_devise")[2]
+        assert err.startswith("error: neither a recipe nor a config is called '8B_lora'; did you mean ")
+        assert "/8B_lora" in err
+    assert "did you mean lora_single_device?\n" in tune(capsys, "cat", "lora_single_devise")[2]
+    far = "error: neither a recipe nor a config is called 'nosuch'; `tune ls` lists them\n"
+    assert tune(capsys, "cp", "nosuch", str(tmp_path))[2] == far
     assert "did you mean tiny/lora?" in tune(capsys, "cat", "tiny/lore")[2]
     assert "there is no recipe file ./x.py" in tune(capsys, "cat", "./x.py")[2]
 
@@ -141,15 +143,29 @@ def test_torchtunes_recipe_names():
 
 def test_unknown_names_get_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("mine.py").touch()
+    Path("rows.jsonl").touch()
     for name, words in (
         ("llama3_1/8B_lore", "did you mean llama3_1/8B_lora?"),
         ("llama3_1/8B_lora.yaml", "did you mean the shipped config llama3_1/8B_lora?"),
         ("llama3_1/8B_lora_single_devise", "did you mean llama3_1/8B_"),
         ("nonsense", "tune ls"),
+        ("mine.yaml", f"there is no config file mine.yaml (looked in {tmp_path})"),
+        ("lora_single_device", "lora_single_device is a recipe, no config; give a .yaml file or a config's name"),
+        ("rows.jsonl", "rows.jsonl is no YAML config; give a .yaml file or a config's name from `tune ls`"),
+        ("mine.py", "mine.py is no YAML config; "),
     ):
         with pytest.raises(ValueError) as caught:
             find_config(name)
         assert words in str(caught.value), name
+        assert "mine.yaml" not in name or str(caught.value) == words
+    for name, words in (
+        ("tiny/lora", "tiny/lora is a config: tune run lora_single_device --config tiny/lora"),
+        ("mine.yaml", "mine.yaml is a config: tune run RECIPE --config mine.yaml (`tune ls` lists the recipes)"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            find_recipe(name)
+        assert str(caught.value) == words
     with pytest.raises(ValueError, match=r"nor the path of a \.py file; did you mean lora_single_device\?$"):
         find_recipe("lora_single")
     assert nearest_option("lora_rank", ["lora.rank", "optim.lr"]) == "lora.rank"
@@ -166,6 +182,36 @@ def test_a_file_wins_where_no_config_has_its_name(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- paths on the command line
+
+
+@pytest.mark.parametrize("after", [["--examples", "1", "seed=1", "lr=2"], ["seed=1", "--examples", "1", "lr=2"]])
+def test_options_of_the_config_may_stand_after_those_of_the_command(after):
+    args = cli.parse_arguments(["data", "tiny/lora", *after])
+    assert (args.config, args.examples, args.overrides) == ("tiny/lora", 1, ["seed=1", "lr=2"])
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["data", "tiny/lora", "--examples", "-1"], "--examples is -1; write 0 or more"),
+        (["generate", "m", "--max-new-tokens", "0"], "--max-new-tokens is 0; write 1 or more"),
+        (["generate", "m", "--prompt", ""], "--prompt is empty; leave it out to chat"),
+        (["generate", "m", "--prompt", " "], "--prompt is empty; leave it out to chat"),
+    ],
+)
+def test_values_that_ask_for_nothing_are_refused(argv, words, capsys):
+    assert tune(capsys, *argv) == (1, "", f"error: {words}\n")
+
+
+def test_a_chat_is_what_no_prompt_asks_for():
+    assert cli.parse_arguments(["generate", "m"]).prompt is None
+    assert cli.parse_arguments(["data", "tiny/lora", "--examples", "0"]).examples == 0
+
+
+def test_what_no_command_knows_is_refused(capsys):
+    for argv in (["data", "tiny/lora", "--exampels", "1"], ["ls", "seed=1"], ["cat", "tiny/lora", "--force"]):
+        code, _, err = tune(capsys, *argv)
+        assert code == 2 and f"unrecognized arguments: {argv[-1] if argv[0] != 'data' else '--exampels'}" in err
 
 
 @pytest.mark.parametrize(

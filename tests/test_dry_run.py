@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchft import cli, dry_run
+from torchft import cli, device, dry_run, optim
 from torchft.adapter import add_adapter
 from torchft.config import ASSETS
 from torchft.data.tokenizer import load_tokenizer
@@ -83,6 +83,10 @@ def test_nf4_bytes_per_weight_are_those_of_real_tensors(workplace):
         (["lora.target_modules=[q_prog]"], "q_proj"),
         (["lora.modules_to_save=[lm_head]"], "lm_head"),
         (["run.global_batch_size=0"], "run.global_batch_size is 0; accepted are 1 to"),
+        (["data.train=nowhere.txt"], "data.train[0].path is 'nowhere.txt', which does not exist"),
+        (["run.out=c.yaml"], "command line: run.out is 'c.yaml', which is a file; name a directory"),
+        (["run.out=c.yaml/x/y"], "command line: run.out is 'c.yaml/x/y', below the file c.yaml; name another directory"),
+        (["run.resume=nowhere"], "there is no checkpoint nowhere: name an existing step_... directory"),
     ],
 )
 def test_validate_says_what_is_wrong(overrides, words, workplace, capsys):
@@ -91,6 +95,24 @@ def test_validate_says_what_is_wrong(overrides, words, workplace, capsys):
     assert left.value.code in (1, 2)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("override", ["optim.name=adamw_8bit", "model.compile=on"])
+def test_validate_refuses_what_needs_a_compiler_where_there_is_none(override, workplace, capsys, monkeypatch):
+    for module in (device, optim):
+        monkeypatch.setattr(module, "missing_compiler", lambda device: "a C compiler, g++")
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "c.yaml", override])
+    assert "this machine lacks a C compiler, g++: install it, or set " in capsys.readouterr().err
+
+
+def test_validate_says_which_checkpoint_is_continued_and_who_takes_a_division(workplace, capsys):
+    cli.main(["validate", "c.yaml", "run.resume=auto", "model.shard=4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "resume: no usable checkpoint in out, starting from the beginning" in lines
+    assert "        model.shard=4: for lora_distributed alone, on a number of processes that 4 divides" in lines
+    cli.main(["validate", "c.yaml", "model.shard=all"])
+    assert "        model.shard=all: for lora_distributed alone\n" in capsys.readouterr().out
 
 
 def test_validate_refuses_a_damaged_model_config(workplace, capsys):
@@ -138,6 +160,22 @@ def test_data_reports_and_shows_examples(workplace, capsys):
     assert "data.train[0]  train.jsonl" in out and "data.valid[0]  valid.jsonl" in out
     assert len(re.findall(r"^--- train\.jsonl:\d+: .* trained ---$", out, re.MULTILINE)) == 2
     assert "{+" in out  # the trained part, where there is no colour
+
+
+def test_data_asks_nothing_about_the_run(workplace, capsys):
+    """What needs held-out rows, or a directory to write to, is for `tune run` and `tune validate` to refuse."""
+    cli.main(["data", "c.yaml", "data.valid=[]", "run.exact_match_rows=5", "run.eval_every=5", "run.out=c.yaml"])
+    assert f"{FIRST_ROWS} read: {FIRST_ROWS} used, 0 dropped" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["data", "c.yaml", "data.valid_fraction=0.1"])
+    assert "data.valid_fraction and data.valid both give" in capsys.readouterr().err
+
+
+def test_validate_counts_one_example_as_one(workplace, capsys):
+    row = Path("train.jsonl").read_text().splitlines()[0]
+    Path("train.jsonl").write_text(row)
+    cli.main(["validate", "c.yaml"])
+    assert f"data    ok: 1 example, {FIRST_ROWS} held out\n" in capsys.readouterr().out
 
 
 def test_data_names_a_bad_row_by_file_and_line(workplace, capsys):

@@ -185,6 +185,12 @@ def test_going_beyond_the_trained_length_is_said(folder, capsys):
     assert "beyond 256" in capsys.readouterr().err
 
 
+def test_an_answer_that_ends_within_the_trained_length_is_not_said_to_go_beyond(folder, capsys, monkeypatch):
+    monkeypatch.setattr(generate_module, "generate", lambda *args, **options: options["on_token"](0, 40))
+    main_generate(arguments(folder, prompt="Hello", max_new_tokens=1000))
+    assert capsys.readouterr() == (chr(32 + 40) + "\n", "")
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_exact_match_counts_answers_that_are_the_expected_ones(folder, batch_size):
     tokenizer = load_tokenizer(folder)

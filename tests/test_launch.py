@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,71 @@ def main(cfg):
         return
     print("waiting", flush=True)
     time.sleep(60)
+
+
+if __name__ == "__main__":
+    main(parse(Config))
+'''
+
+
+JOINED = '''
+"""A recipe that fails after its process has joined the others, of which there are none."""
+
+from dataclasses import dataclass, field
+
+from torchft.config import RunConfig
+from torchft.distributed import join_processes
+from torchft.errors import ConfigError
+from torchft.parse import parse
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    how: str = "user"
+
+
+def main(cfg):
+    join_processes()
+    raise ConfigError("model.shard=2 divides nothing") if cfg.how == "user" else RuntimeError("shapes differ")
+
+
+if __name__ == "__main__":
+    main(parse(Config))
+'''
+
+
+STOPPED = '''
+"""A recipe that waits for a signal; rank `fail_on` raises as soon as all are ready for one."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchft.checkpoint import StopSignal
+from torchft.config import RunConfig
+from torchft.errors import UserError
+from torchft.parse import parse
+from torchft.ranks import rank, world_size
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    fail_on: int = -1
+
+
+def main(cfg):
+    stop = StopSignal()
+    Path(cfg.run.out, f"ready_{rank()}").touch()
+    while len(list(Path(cfg.run.out).glob("ready_*"))) < world_size():
+        time.sleep(0.05)
+    if rank() == cfg.fail_on:
+        raise UserError("rows.jsonl:3: no answer; add one")
+    while not stop.exit_code:
+        time.sleep(0.05)
+    sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":
@@ -185,6 +251,18 @@ def test_a_wrong_option_and_a_users_mistake_on_one_process(quick):
     assert (run.stderr, run.returncode) == ("error: rows.jsonl:3: no answer; add one\n", 1)
 
 
+def test_a_failure_after_joining_is_printed_on_one_process(tmp_path):
+    """torch.distributed puts an excepthook of its own over ours, which would swallow what ours prints."""
+    file = tmp_path / "joined.py"
+    file.write_text(JOINED, encoding="utf-8")
+    run = tune("run", file)
+    assert (run.stderr, run.returncode) == ("error: model.shard=2 divides nothing\n", 2)
+    run = tune("run", file, "how=trace")
+    assert frames(run.stderr) == [str(file), str(file)]
+    assert run.stderr.endswith("\nRuntimeError: shapes differ\n") and "[rank0]" not in run.stderr
+    assert run.returncode == 1
+
+
 def test_ctrl_c_leaves_without_a_traceback(quick):
     argv = [sys.executable, "-m", "torchft", "run", str(quick)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -192,6 +270,24 @@ def test_ctrl_c_leaves_without_a_traceback(quick):
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "interrupted\n"
     assert process.returncode == 130
+
+
+def test_ctrl_c_on_two_processes_is_answered_in_one_line(tmp_path):
+    """Not by each of them, nor by torchrun's log."""
+    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    argv = [sys.executable, "-m", "torchft", "run", "--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        while len(list(tmp_path.glob("ready_*"))) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "\nSIGINT: saving after this step\nstopped by SIGINT\n"
+    assert process.returncode == 130
+
+
+def test_a_process_that_is_stopped_because_another_failed_promises_nothing(tmp_path, capfd):
+    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    assert launch.run_workers(["--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}", "fail_on=1"]) == 1
+    assert capfd.readouterr().err == "error: rows.jsonl:3: no answer; add one\n"
 
 
 # ---------------------------------------------------------------------------------------------------- without processes
@@ -203,8 +299,11 @@ def test_options_in_the_wrong_place_and_missing_recipes():
             launch.run(argv)
     with pytest.raises(UserError, match="there is no recipe file x.py"):
         launch.run(["x.py"])
-    with pytest.raises(UserError, match="no recipe is given"):
-        launch.run([])
+    for argv in ([], ["--nproc_per_node", "2"]):
+        with pytest.raises(UserError, match="no recipe is given; tune run .*; `tune ls` lists the recipes"):
+            launch.run(argv)
+    with pytest.raises(UserError, match="argument --nproc-per-node/--nproc_per_node: expected one argument; tune run "):
+        launch.run(["--nproc_per_node"])
 
 
 def test_torchrun_options_are_torchruns(recipe):
@@ -215,6 +314,27 @@ def test_torchrun_options_are_torchruns(recipe):
     assert (args.training_script, args.training_script_args) == (str(recipe), ["a=1"])
     assert launch.parse_torchrun_options(["--nproc_per_node=2", str(recipe)]).standalone
     assert not launch.parse_torchrun_options(["--master-port=3", str(recipe)]).standalone
+
+
+def test_the_command_as_it_can_be_typed(tmp_path, monkeypatch):
+    """`make demo` activates no environment: the name alone would not be found."""
+    bin = tmp_path / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(bin / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert launch.tune_command() == ".venv/bin/python -m torchft"  # nothing is installed there
+    (bin / "tune").touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    assert launch.tune_command() == ".venv/bin/tune"
+    monkeypatch.chdir(bin)
+    assert launch.tune_command() == "./tune"
+    monkeypatch.chdir("/usr")
+    assert launch.tune_command() == str(bin / "tune")
+    monkeypatch.setenv("PATH", str(bin))
+    assert launch.tune_command() == "tune"
+    (tmp_path / "tune").touch(mode=0o755)  # another environment's
+    monkeypatch.setenv("PATH", f"{tmp_path}:{bin}")
+    assert launch.tune_command() == str(bin / "tune")
 
 
 def test_impossible_torchrun_values_are_user_errors(recipe):

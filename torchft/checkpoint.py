@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchft.atomic import atomic_directory, write_bytes
+from torchft.crash import another_failed
 from torchft.distributed import from_all, from_main, tensors_from_main
 from torchft.errors import UserError
 from torchft.modules.sharding import cut, gathered
@@ -233,7 +234,8 @@ class StopSignal:
     """Turns SIGTERM (a preempted machine) and Ctrl-C into a number that the recipe reads between steps.
 
     `exit_code` is 0 until then, and after it the shell's for that signal: 128 + its number. A second Ctrl-C quits at
-    once; a second SIGTERM changes nothing, since launchers send it to the process and to its group.
+    once; a second SIGTERM changes nothing, since launchers send it to the process and to its group. Of several processes,
+    which all get the signal from the launcher, the first says so, unless the signal comes because another has failed.
     """
 
     def __init__(self) -> None:
@@ -246,8 +248,13 @@ class StopSignal:
                 raise KeyboardInterrupt
             return
         self.exit_code = 128 + number
+        if rank() > 0 or another_failed():
+            return
+        more = "; Ctrl-C to quit at once"
+        if world_size() > 1:  # a process that the kernel killed has left no error file
+            more = ", unless a process has failed" if number == signal.SIGTERM else ""
         # os.write: print could be interrupted inside itself by this very handler
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C to quit at once\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step{more}\n".encode())
 
     def close(self) -> None:
         """Put the handlers back that were there before."""

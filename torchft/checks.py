@@ -12,7 +12,7 @@ from typing import Any
 from torchft.config import LoraOptions, resolve_path
 from torchft.errors import UserError
 
-LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet")  # any other data path is a hub dataset's name
+LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet", ".txt")  # any other data path is a hub dataset's name
 
 CHOICES = {
     "model.weights": ("pretrained", "random"),
@@ -125,7 +125,7 @@ def _check_data(values: dict[str, Any]) -> Problems:
             key = f"{group}[{i}]"
             if source.path == "":
                 problems.append(
-                    (f"{key}.path", "is empty; name a .json, .jsonl, .csv or .parquet file or a hub dataset")
+                    (f"{key}.path", "is empty; name a .json, .jsonl, .csv, .parquet or .txt file or a hub dataset")
                 )
             if source.format not in SOURCE_FORMATS:
                 problems.append(
@@ -158,15 +158,16 @@ def _check_optim(values: dict[str, Any]) -> Problems:
 def check_pairs(values: dict[str, Any]) -> Problems:
     """Options that are fine alone but not together: each would otherwise be ignored in silence."""
     validation = bool(values.get("data.valid")) or values.get("data.valid_fraction", 0.0) > 0.0
-    need_validation = "needs held-out rows; set data.valid or data.valid_fraction"
+    need_validation = "needs held-out rows; set data.valid or data.valid_fraction, or"
     clashing = sorted(set(values.get("lora.target_modules", [])) & set(values.get("lora.modules_to_save", [])))
     rules = [
         (values.get("data.train") == [], "data.train", "is empty; name a file: data.train=rows.jsonl"),
         (values.get("data.valid") and values.get("data.valid_fraction", 0.0) > 0.0, "data.valid_fraction",
          "and data.valid both give held-out rows; keep one of them"),
-        (values.get("run.keep_best") and not validation, "run.keep_best", need_validation),
-        (values.get("run.exact_match_rows") and not validation, "run.exact_match_rows", need_validation),
-        (values.get("run.eval_every") and not validation, "run.eval_every", need_validation),
+        (values.get("run.keep_best") and not validation, "run.keep_best", f"{need_validation} run.keep_best=false"),
+        (values.get("run.exact_match_rows") and not validation, "run.exact_match_rows",
+         f"{need_validation} run.exact_match_rows=0"),
+        (values.get("run.eval_every") and not validation, "run.eval_every", f"{need_validation} run.eval_every=0"),
         (values.get("model.offload_activations") and values.get("model.activation_checkpointing") == "none",
          "model.offload_activations",
          "moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
@@ -185,7 +186,7 @@ def check_pairs(values: dict[str, Any]) -> Problems:
 
 
 def check_paths(values: dict[str, Any]) -> Problems:
-    """Options that name a local file or directory which is not there. Nothing is opened."""
+    """Options that name a local file or directory which is not there, or a file that stands in the way. Nothing is opened."""
     wanted = [
         ("model.path", values.get("model.path", ""), "config.json"),
         ("lora.adapter", values.get("lora.adapter", ""), "adapter_config.json"),
@@ -198,7 +199,21 @@ def check_paths(values: dict[str, Any]) -> Problems:
         ]
     if values.get("data.chat_template", "").endswith(".jinja"):
         wanted.append(("data.chat_template", values["data.chat_template"], ""))
-    return [(key, problem) for key, text, inside in wanted if text and (problem := _path_problem(key, text, inside))]
+    problems = [(key, problem) for key, text, inside in wanted if text and (problem := _path_problem(key, text, inside))]
+    return problems + _check_out(values.get("run.out", ""))
+
+
+def _check_out(text: str) -> Problems:
+    """A run's directory that cannot be made because it, or a folder above it, is a file."""
+    try:
+        files = [path for path in (Path(text), *Path(text).parents) if path.is_file()]
+    except (ValueError, OSError) as error:  # a NUL, a name that is too long, a folder that may not be read
+        return [("run.out", f"is {show(text)}: {error}")]
+    if not files:
+        return []
+    if files[0] == Path(text):
+        return [("run.out", f"is {show(text)}, which is a file; name a directory")]
+    return [("run.out", f"is {show(text)}, below the file {files[0]}; name another directory")]
 
 
 def _path_problem(key: str, text: str, inside: str) -> str:
@@ -223,6 +238,12 @@ def _path_problem(key: str, text: str, inside: str) -> str:
 def nearest(word: str, known: list[str]) -> str:
     """The most similar of `known`, however far it is."""
     return difflib.get_close_matches(word[:60], known, 1, cutoff=0.0)[0]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `3 processes`, `1,000 entries`."""
+    plural = noun[:-1] + "ies" if noun.endswith("ry") else noun + ("es" if noun.endswith(("s", "tch")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def show(value: Any) -> str:

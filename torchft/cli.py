@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         _note_other_owner()
         if argv[:1] == ["run"]:
             _run(argv[1:])
-        args = _parser().parse_args(argv)
+        args = parse_arguments(argv)
         args.function(args)
         sys.stdout.flush()
     except UserError as error:
@@ -59,6 +59,19 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `tune ls | head`: what is still buffered goes nowhere, without a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The parsed command line; key=value may stand before and after the options of the command that takes it."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = vars(args).get("overrides")
+    unknown = rest if overrides is None else [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*overrides, *rest]
+    return args
 
 
 def _run(argv: list[str]) -> NoReturn:
@@ -140,7 +153,7 @@ def _generate_command(commands: Commands) -> None:
     add = generate.add_argument
     add("model", metavar="MODEL", help="a model directory, or builtin:tiny_llama")
     add("--adapter", default="", help="a PEFT adapter directory")
-    add("--prompt", default="", help="one user message; without it a chat starts (/reset, /exit)")
+    add("--prompt", help="one user message; without it a chat starts (/reset, /exit)")
     add("--system", default="", help="a system message before it")
     add("--chat-template", default="", help="chatml, alpaca or a .jinja file (default: the tokenizer's own)")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)")
@@ -227,6 +240,8 @@ def _validate(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
+    if args.examples < 0:
+        raise UserError(f"--examples is {args.examples}; write 0 or more")
     from torchft.dry_run import show_data
 
     show_data(args.config, args.overrides, args.examples)
@@ -244,6 +259,10 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt is empty; leave it out to chat")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; write 1 or more")
     _given_directory("MODEL", args.model, "config.json")
     if args.adapter:
         _given_directory("--adapter", args.adapter, "adapter_config.json")

@@ -40,6 +40,12 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     raise SystemExit(code)
 
 
+def another_failed() -> bool:
+    """Whether another process of this machine has written its error file: the launcher stops the rest because of it."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <attempt>/<local rank>/error.json
+    return bool(error_file) and any(Path(error_file).parent.parent.glob("*/error.json"))
+
+
 def describe(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> tuple[str, int]:
     """What to print for an exception, and the exit code."""
     if issubclass(kind, KeyboardInterrupt):

@@ -5,6 +5,7 @@ On one process without `join_processes` the questions at the end answer for that
 whose patience is long, because tokenising or downloading on one process may take hours.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -60,7 +61,9 @@ def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> No
             )
         torch.cuda.set_device(local_rank())
     store = {} if world_size() > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    hook = sys.excepthook
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **store)
+    sys.excepthook = hook  # torch.distributed's own would keep to itself what torchft/crash.py prints before it leaves
     _host_group.append(dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
 
 

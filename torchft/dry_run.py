@@ -7,15 +7,18 @@
 import shutil
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchft.checks import counted
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.errors import UserError
 from torchft.parse import read_config
 
 if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wait for
+    import torch
+
     from torchft.data.dataset import Dataset
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import Tokenizer
@@ -43,6 +46,7 @@ def validate(config: str, overrides: list[str]) -> None:
     """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails."""
     cfg = read_config(Options, config, overrides)
     print(f"config  ok: {config}", flush=True)  # up to here without torch: a typo is found in a moment
+    check_machine(cfg)
     tokenizer, *datasets = check_data(cfg)
     check_model(cfg, tokenizer, *datasets)
 
@@ -51,7 +55,7 @@ def show_data(config: str, overrides: list[str], examples: int) -> None:
     """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour."""
     from torchft.data.report import render_example, report, wants_color
 
-    cfg = read_config(Options, config, overrides)
+    cfg = read_config(Options, config, overrides, training=False)
     tokenizer, loader, valid = load_data(cfg)
     print(report(loader.dataset, loader))
     if valid is not None:
@@ -75,11 +79,23 @@ def load_data(cfg: Options) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
     return tokenizer, loader, valid
 
 
+def check_machine(cfg: Options) -> None:
+    """Finds the checkpoint to continue from, which is said, and the compiler that some options need, as a recipe does."""
+    import torch
+
+    from torchft.checkpoint import find_checkpoint
+    from torchft.optim import build_optimizer
+
+    find_checkpoint(cfg.run.out, cfg.run.resume, asdict(cfg))
+    if cfg.optim.name != "adamw":
+        build_optimizer({"any": torch.nn.Parameter(torch.zeros(1, device=_device()))}, cfg.optim)
+
+
 def check_data(cfg: Options) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
     """Tokenises all data and prints what the run would read. Returns (tokenizer, training data, validation data)."""
     tokenizer, loader, valid = load_data(cfg)
     held_out = 0 if valid is None else len(valid)
-    print(f"data    ok: {len(loader.dataset):,} examples, {held_out:,} held out")
+    print(f"data    ok: {counted(len(loader.dataset), 'example')}, {held_out:,} held out")
     print(textwrap.indent(loader.summary(), INDENT), flush=True)
     return tokenizer, loader.dataset, valid
 
@@ -87,13 +103,15 @@ def check_data(cfg: Options) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
 def check_model(cfg: Options, tokenizer: "Tokenizer", *datasets: "Dataset | None") -> None:
     """Builds the model on meta and prints its parameters, what is trained, and the memory and disk that they take.
 
-    Raises UserError also if the model has no row for an id of the data.
+    Raises UserError also if the model has no row for an id of the data, or cannot be compiled as the config wants.
     """
+    from torchft.device import compile_blocks
     from torchft.fit import check_ids
     from torchft.modules.lora import trainable_parameters
 
     try:
         model, reports = build(cfg, tokenizer.added_ids)
+        compile_blocks(model, cfg.model.compile, _device(), reports.append)
     except UserError:
         raise
     except ValueError as error:  # torchft.models and torchft.modules do not know UserError
@@ -102,12 +120,21 @@ def check_model(cfg: Options, tokenizer: "Tokenizer", *datasets: "Dataset | None
     trained = sum(param.numel() for param in trainable_parameters(model).values())
     total = sum(param.numel() for param in model.parameters())
     print(f"model   ok: {total:,} parameters, {trained:,} of them trained")
+    if cfg.model.shard != "auto":
+        processes = f", on a number of processes that {cfg.model.shard} divides" if cfg.model.shard.isdecimal() else ""
+        reports.append(f"model.shard={cfg.model.shard}: for lora_distributed alone{processes}")
     print(textwrap.indent("\n".join(reports), INDENT))
     frozen = size(frozen_bytes(model, cfg.model.dtype))
     trained_size = size(trained * TRAINED_BYTES)
     print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * SAVED_BYTES * (cfg.run.keep_last + 2))
+
+
+def _device() -> "torch.device":
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build(cfg: Options, new_ids: range) -> tuple["CausalLM", list[str]]:

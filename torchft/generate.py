@@ -224,7 +224,7 @@ def load_model(path: Path, adapter: Path | None, dtype: torch.dtype, quantize: s
 def main_generate(args: argparse.Namespace) -> None:
     """`tune generate`: answer one prompt, or chat until /exit.
 
-    Uses of args: model, adapter ("" = none), prompt ("" = chat), system, chat_template, dtype (bfloat16 or float32),
+    Uses of args: model, adapter ("" = none), prompt (None or "" = chat), system, chat_template, dtype (bfloat16 or float32),
     quantize (none or nf4), max_new_tokens, temperature, top_p, seed. Raises UserError for what a user can get wrong.
     """
     path, adapter = resolve_path(args.model), resolve_path(args.adapter) if args.adapter else None
@@ -280,14 +280,19 @@ def _typed_lines() -> Iterator[str]:
 def _stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], stops: set[int], args: argparse.Namespace) -> str:
     """Print the continuation of a prompt while it comes, and return it; Ctrl-C ends it early."""
     limit = model.config.max_position_embeddings
-    if len(prompt) + args.max_new_tokens > limit:
-        print(f"{len(prompt)} tokens so far: beyond {limit}, the model was never trained", file=sys.stderr)
     decoder = StreamDecoder(tokenizer)
     pieces: list[str] = []
+
+    tokens = len(prompt)
 
     def show(piece: str) -> None:
         pieces.append(piece)
         print(piece, end="", flush=True)
+
+    def take(row: int, token: int) -> None:
+        nonlocal tokens
+        tokens += 1
+        show(decoder.push(token))
 
     try:
         generate(
@@ -298,10 +303,12 @@ def _stream(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], stops: set
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed,
-            on_token=lambda row, token: show(decoder.push(token)),
+            on_token=take,
         )
     except KeyboardInterrupt:
         pass  # the user has seen enough of this answer
     show(decoder.finish())
     print()
+    if tokens > limit:
+        print(f"{tokens} tokens so far: beyond {limit}, the model was never trained", file=sys.stderr)
     return "".join(pieces)

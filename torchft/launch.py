@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from torchft.names import find_recipe
 
 TORCHRUN_OPTIONS = ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
 USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
+NO_RECIPE = f"no recipe is given; {USAGE}; `tune ls` lists the recipes"
 
 
 class Failure(NamedTuple):
@@ -36,13 +39,30 @@ class Failure(NamedTuple):
 def run(argv: list[str]) -> NoReturn:
     """Runs a recipe and exits with its exit code; the command line after `tune run`."""
     if not argv:
-        raise UserError(f"no recipe is given; {USAGE}; `tune ls` lists the recipes")
+        raise UserError(NO_RECIPE)
     if not argv[0].startswith("-"):
         check_order(argv[1:])
         path = find_recipe(argv[0])
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, str(path), *argv[1:]])
     sys.exit(run_workers(argv))
+
+
+def tune_command() -> str:
+    """`tune` as the user can type it: by its path where the shell would find none, or another environment's."""
+    python = Path(sys.executable)
+    tune = python.with_name("tune")
+    if not tune.is_file():
+        return f"{_typed(python)} -m torchft"
+    found = shutil.which("tune")
+    return "tune" if found and tune.samefile(found) else _typed(tune)
+
+
+def _typed(path: Path) -> str:
+    if not path.is_relative_to(Path.cwd()):
+        return shlex.quote(str(path))
+    inner = path.relative_to(Path.cwd())
+    return shlex.quote(f"./{inner}" if len(inner.parts) == 1 else str(inner))
 
 
 def check_order(arguments: list[str]) -> None:
@@ -61,8 +81,10 @@ def run_workers(argv: list[str]) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     args = parse_torchrun_options(argv)
-    # torchrun's own lines about a failure (pid, "binary: python") say less than what is printed below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # torchrun's own lines about a failure (pid, "binary: python") or a signal say less than what is printed below.
+    for name in ("torch.distributed.elastic", *logging.root.manager.loggerDict):  # modules set levels of their own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tune_run_") as log_dir:
         args.log_dir = args.log_dir or log_dir
         config, command, command_args = launch_config(args)
@@ -79,12 +101,18 @@ def run_workers(argv: list[str]) -> int:
     return 0
 
 
+class _TorchrunParser(argparse.ArgumentParser):
+    """torchrun's options, with our words for what it refuses."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(NO_RECIPE if "training_script" in message else f"{message}; {USAGE}")
+
+
 def parse_torchrun_options(argv: list[str]) -> argparse.Namespace:
     """torchrun's parsed options, with the recipe's file in place of its name."""
     from torch.distributed.run import get_args_parser
 
-    parser = get_args_parser()
-    parser.prog, parser.usage = "tune run", USAGE
+    parser = _TorchrunParser(prog="tune run", usage=USAGE, parents=[get_args_parser()], add_help=False)
     args = parser.parse_args(argv)
     check_order(args.training_script_args)
     if not args.module and not args.no_python:

@@ -83,6 +83,8 @@ class RunLogger:
                 f"the checkpoint is at step {start_step} and the run would end at {total_steps}: raise run.max_steps or "
                 "run.epochs, or resume an earlier checkpoint"
             )
+        if start_step == total_steps:
+            self.print(f"nothing is left to train after step {total_steps}: the result is written again")
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._flops_per_token = flops_per_token

@@ -14,6 +14,7 @@ from torchft.errors import ConfigError, UserError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 CONFIGS = Path(__file__).resolve().parent / "configs"
+NOT_YAML = (".py", ".jsonl", ".csv", ".parquet", ".txt")  # what is given in place of a config by mistake
 
 # A config's method is the last part of its name: llama3_1/8B_qlora is for every recipe that starts with lora_.
 METHODS = {"lora": ("lora", "qlora"), "full": ("full",), "dpo": ("dpo",)}
@@ -116,11 +117,16 @@ def configs_for(recipe: str) -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by name, torchtune's name, or path. Raises UserError naming what exists."""
+    """The file of a recipe given by name, torchtune's name, or path. Raises UserError naming what exists, or what to type."""
     shipped = recipe_names()
     target = RECIPE_ALIASES.get(name, name)
     if target in shipped:
         return RECIPES / f"{target}.py"
+    if (config := _without_torchtune_suffix(name)) in config_names():
+        recipe = next((recipe for recipe in reversed(shipped) if config in configs_for(recipe)), "RECIPE")
+        raise UserError(f"{name} is a config: tune run {recipe} --config {config}")
+    if name.endswith((".yaml", ".yml")):
+        raise UserError(f"{name} is a config: tune run RECIPE --config {name} (`tune ls` lists the recipes)")
     if name.endswith(".py") or "/" in name:
         if os.path.isfile(name):
             return Path(name)
@@ -140,11 +146,18 @@ def find_config(name: str) -> Path:
     for candidate in (name, _without_torchtune_suffix(name)):
         if candidate in shipped:
             return CONFIGS / f"{candidate}.yaml"
+    instead = "give a .yaml file or a config's name from `tune ls`"
+    if name in recipe_names():
+        raise ConfigError(f"{name} is a recipe, no config; {instead}")
     if os.path.isfile(name):
+        if name.endswith(NOT_YAML):
+            raise ConfigError(f"{name} is no YAML config; {instead}")
         return Path(name)
     if os.path.isdir(name):
-        raise ConfigError(f"{name} is a directory; give a .yaml file or a config's name from `tune ls`")
+        raise ConfigError(f"{name} is a directory; {instead}")
     bare = _without_torchtune_suffix(name.removesuffix(".yaml"))
+    if name.endswith((".yaml", ".yml")) and bare not in shipped:
+        raise ConfigError(f"there is no config file {name} (looked in {Path.cwd()})")
     hint = f"did you mean the shipped config {bare}?" if bare in shipped else _nearest(bare, shipped)
     raise ConfigError(
         f"there is no config {name!r}, neither a file (looked in {Path.cwd()}) nor a shipped name; {hint}"
@@ -157,10 +170,9 @@ def find_recipe_or_config(name: str) -> Path:
         return find_recipe(name) if name.endswith(".py") else find_config(name)
     if name in [*recipe_names(), *RECIPE_ALIASES]:
         return find_recipe(name)
-    recipe, config = nearest(name, recipe_names()), nearest(name, config_names())
-    raise UserError(
-        f"neither a recipe nor a config is called {name!r}; the nearest names are {recipe} and {config} (tune ls)"
-    )
+    close = difflib.get_close_matches(name[:60], [*recipe_names(), *config_names()], 2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "`tune ls` lists them"
+    raise UserError(f"neither a recipe nor a config is called {name!r}; {hint}")
 
 
 def old_key_advice(key: str) -> str:
@@ -184,6 +196,13 @@ def nearest_option(key: str, options: list[str]) -> str:
     return (same_leaf + close + close_leaf + [nearest(key, options)])[0]
 
 
+def nearest_group(key: str, groups: list[str], options: list[str]) -> str:
+    """The group that a mistyped key without a dot most likely means; "" where none is near or an option has the name."""
+    if "." in key or any(option.rpartition(".")[2] == key for option in options):
+        return ""
+    return next(iter(difflib.get_close_matches(key[:60], groups, 1, cutoff=0.75)), "")
+
+
 def _without_torchtune_suffix(name: str) -> str:
     """torchtune named configs after recipes too: llama3_1/8B_lora_single_device; early ones wrote 0_5B for 0.5B."""
     name = re.sub(r"_(single_device|distributed)$", "", name)
@@ -191,7 +210,7 @@ def _without_torchtune_suffix(name: str) -> str:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name[:60], known, 1, cutoff=0.4)
+    close = difflib.get_close_matches(name[:60], known, 1, cutoff=0.6)
     return (
         f"did you mean {close[0]}?"
         if close

@@ -20,11 +20,11 @@ from omegaconf import OmegaConf
 from yaml.error import Mark
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from torchft.checks import Problems, check_options, check_pairs, check_paths, nearest, show, show_key
+from torchft.checks import Problems, check_options, check_pairs, check_paths, counted, nearest, show, show_key
 from torchft.config import SourceConfig
 from torchft.crash import install_excepthook
 from torchft.errors import ConfigError
-from torchft.names import find_config, nearest_option, old_key_advice
+from torchft.names import find_config, nearest_group, nearest_option, old_key_advice
 from torchft.options import group_names, help_text, list_options
 from torchft.strict_yaml import COMMAND_LINE, NULL, STR, compose_file, compose_text, where
 from torchft.typed import Problem, read_pairs, read_value
@@ -48,10 +48,13 @@ def parse(config_class: type[C], argv: list[str] | None = None) -> C:
     return read_config(config_class, *split_arguments(argv))
 
 
-def read_config(config_class: type[C], config: str | None, overrides: list[str], paths: bool = True) -> C:
+def read_config(
+    config_class: type[C], config: str | None, overrides: list[str], paths: bool = True, training: bool = True
+) -> C:
     """`parse` from a config's name or file (None: only defaults) and overrides.
 
-    `paths=False` leaves out whether the files exist that the options name. Raises ConfigError listing every problem.
+    `paths=False` leaves out whether the files exist that the options name, `training=False` whether the options of `run`
+    go with the others. Raises ConfigError listing every problem.
     """
     reader = _Reader(config_class)
     if config is not None:
@@ -65,6 +68,8 @@ def read_config(config_class: type[C], config: str | None, overrides: list[str],
     _expand_home(cfg)
     values = flatten(cfg)
     reader.check(check_options, {key: value for key, value in values.items() if key not in reader.values})
+    if not training:
+        values = {key: value for key, value in values.items() if not key.startswith("run.")}
     reader.check(check_pairs, values)
     if paths:
         reader.check(check_paths, values)
@@ -162,6 +167,12 @@ class _Reader:
         if field := re.fullmatch(r"(data\.(?:train|valid))(?:\.(\d+)|\[(\d+)\])\.(\w+)", key):
             self.read_source_field(field[1], int(field[2] or field[3]), field[4], raw)
             return
+        if column := re.fullmatch(r"(data\.(?:train|valid))(?:\.(\d+)|\[(\d+)\])\.columns\.(\w+)", key):
+            option, number = column[1], column[2] or column[3]
+            whole = show_key(f"{option}.{number}.columns={{{column[4]}: {raw}}}")
+            problem = f'is not an option; write "{whole}"'
+            self.problems.append(Problem(COMMAND_LINE, f"{option}[{number}].columns.{column[4]}", problem))
+            return
         matches = [name for name in self.hints if name.rpartition(".")[2] == key]
         name = matches[0] if len(matches) == 1 else key
         self.read_option(override_node(raw, self.hints.get(name, str)), name)
@@ -171,7 +182,7 @@ class _Reader:
         key, sources = f"{option}[{index}].{field}", list(self.values.get(option, []))
         hints = get_type_hints(SourceConfig)
         if index >= len(sources):
-            problem = f"sets a field of entry {index}, but {option} has {len(sources)} entries, counted from 0"
+            problem = f"sets a field of entry {index}, but {option} has {counted(len(sources), 'entry')}, counted from 0"
         elif field not in hints:
             problem = f"is not an option; did you mean {nearest(field, list(hints))}?"
         else:
@@ -217,6 +228,8 @@ class _Reader:
             return advice
         if len(self.problems) >= MAX_PROBLEMS:  # a file of nonsense: the search for the nearest name is slow
             return "is not an option"
+        if group := nearest_group(key, list(self.groups), list(self.hints)):
+            return f"is not an option; did you mean the group {group}?"
         return f"is not an option; did you mean {nearest_option(key, list(self.hints))}?"
 
     def check(self, function: Callable[[dict[str, Any]], Problems], values: dict[str, Any]) -> None:

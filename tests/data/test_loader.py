@@ -265,12 +265,18 @@ def test_the_summary_counts_what_is_planned():
     data = dataset_of([(np.full(4, 1), [1] * 4)] * 10)
     text = make_loader(data, epochs=2, max_seq_len=8, global_batch_size=4, micro_batch_size=2, world_size=2).summary()
     assert text.splitlines() == [
-        "10 rows of 8 tokens, 100.0% filled, 2.0 examples each, in 2 epoch(s)",
+        "10 rows of 8 tokens, 100.0% filled, 2.0 examples each, in 2 epochs",
         "4 optimizer steps, 2 per epoch, 5.0 examples per step",
-        "4 rows per step = 2 process(es) x 1 micro-batch(es) x 2 row(s)",
+        "4 rows per step = 2 processes x 1 micro-batch x 2 rows",
     ]
     text = make_loader(data, packing=False, max_seq_len=8, max_steps=2).summary()
     assert text.splitlines()[:2] == [
-        "10 rows of one example, in 1 epoch(s)",
+        "10 rows of one example, in 1 epoch",
         "2 optimizer steps, 3 per epoch, 3.3 examples per step",
+    ]
+    text = make_loader(data, max_seq_len=64, global_batch_size=1).summary()
+    assert text.splitlines() == [
+        "1 row of 64 tokens, 62.5% filled, 10.0 examples each, in 1 epoch",
+        "1 optimizer step, 1 per epoch, 10.0 examples per step",
+        "1 row per step = 1 process x 1 micro-batch x 1 row",
     ]

@@ -40,14 +40,14 @@ data.train[1]  1t.jsonl
   format      instruct (question, answer)
   rows        1 read: 1 used, 0 dropped
   weight      2: a row is used 2 times per epoch on average
-  tokens      5 in 1 examples, 2 trained (40.0%)
+  tokens      5 in 1 example, 2 trained (40.0%)
   length      5 to 5 tokens, median 5, 90% up to 5, 99% up to 5
 all together
   tokens      47 in 6 examples, 29 trained (61.7%)
   length      5 to 16 tokens, median 6, 90% up to 16, 99% up to 16
-4 rows of 16 tokens, 81.2% filled, 1.8 examples each, in 1 epoch(s)
+4 rows of 16 tokens, 81.2% filled, 1.8 examples each, in 1 epoch
 2 optimizer steps, 2 per epoch, 3.5 examples per step
-2 rows per step = 1 process(es) x 1 micro-batch(es) x 2 row(s)"""
+2 rows per step = 1 process x 1 micro-batch x 2 rows"""
     )
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from torchft.checks import counted
 from torchft.config import DataConfig, RunConfig
 from torchft.data.dataset import Dataset
 from torchft.data.packing import epoch_samples, plan_rows
@@ -128,20 +129,20 @@ class Loader:
         """What was planned, in lines: rows and their fill, steps and examples per step, how a step is divided."""
         samples = sum(len(plan.members) for plan in self.plans)
         rows = sum(plan.num_rows for plan in self.plans)
-        kind = "rows of one example"
+        kind = "of one example"
         if self.data_cfg.packing:
             limit = self.data_cfg.max_seq_len
             fill = sum(int(self.dataset.lengths[plan.members].sum()) for plan in self.plans) / (rows * limit)
-            kind = f"rows of {limit} tokens, {100 * fill:.1f}% filled, {samples / rows:.1f} examples each"
+            kind = f"of {limit} tokens, {100 * fill:.1f}% filled, {samples / rows:.1f} examples each"
         steps = [self.steps_per_epoch(epoch) for epoch in range(len(self.plans))]
         per_epoch = f"{min(steps):,}" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,}"
         per_step = samples / self._first_step[-1]
         accumulated = self.global_batch_size // (self.micro_batch_size * self.world_size)
         return (
-            f"{rows:,} {kind}, in {len(steps)} epoch(s)\n"
-            f"{self.total_steps:,} optimizer steps, {per_epoch} per epoch, {per_step:.1f} examples per step\n"
-            f"{self.global_batch_size} rows per step = {self.world_size} process(es) x {accumulated} micro-batch(es) x "
-            f"{self.micro_batch_size} row(s)"
+            f"{counted(rows, 'row')} {kind}, in {counted(len(steps), 'epoch')}\n"
+            f"{counted(self.total_steps, 'optimizer step')}, {per_epoch} per epoch, {per_step:.1f} examples per step\n"
+            f"{counted(self.global_batch_size, 'row')} per step = {counted(self.world_size, 'process')} x "
+            f"{counted(accumulated, 'micro-batch')} x {counted(self.micro_batch_size, 'row')}"
         )
 
 

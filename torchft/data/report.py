@@ -12,6 +12,7 @@ from typing import TextIO
 
 import numpy as np
 
+from torchft.checks import counted
 from torchft.data.dataset import FIRST, Dataset, SourceReport
 from torchft.data.loader import Loader
 from torchft.data.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def _token_lines(lengths: np.ndarray, supervised: np.ndarray) -> list[str]:
     total, trained = int(lengths.sum()), int(supervised.sum())
     low, half, most, nearly, high = np.percentile(lengths, [0, 50, 90, 99, 100], method="inverted_cdf").tolist()
     return [
-        f"  tokens      {total:,} in {len(lengths):,} examples, {trained:,} trained ({100 * trained / total:.1f}%)",
+        f"  tokens      {total:,} in {counted(len(lengths), 'example')}, {trained:,} trained ({100 * trained / total:.1f}%)",
         f"  length      {low:,} to {high:,} tokens, median {half:,}, 90% up to {most:,}, 99% up to {nearly:,}",
     ]
 
@@ -78,7 +79,7 @@ def render_example(dataset: Dataset, index: int, tokenizer: Tokenizer, *, color:
     ids = dataset.ids[start : start + length].tolist()
     # a token is trained if the position before it is supervised; the first token never is
     trained = [False, *dataset.supervised[start : start + length - 1].tolist()]
-    header = f"--- {dataset.example(index).where}: {length:,} tokens, {sum(trained):,} trained ---"
+    header = f"--- {dataset.example(index).where}: {counted(length, 'token')}, {sum(trained):,} trained ---"
     control = set(tokenizer.special_tokens.values())
     kinds = [(on, color and token in control) for token, on in zip(ids, trained, strict=True)]
     borders = [0, *(i for i in range(1, length) if kinds[i] != kinds[i - 1]), length]
