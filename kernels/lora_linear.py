@@ -33,17 +33,23 @@ from torchft.kernels.nf4 import dequantize_into
 
 RANK_MULTIPLE = 64  # a matrix product's step along its inner dimension: less is padded there anyway
 STRIP_ROWS = 64  # of E's right strip per program: 8 KiB in bf16
+ROW_BLOCK = 1024  # columns of sA per program, for all of its rows
 NF4_PARTS = 5  # storage tensors of an NF4 weight, see kernels/nf4.py
 
 
 class Group(NamedTuple):
-    """Linears of one input. `base`: [E] if packed, else per linear its dense weight or its NF4 storage, as `kinds` says."""
+    """Linears of one input. `base`: [E] if packed, else per linear its dense weight or its NF4 storage, as `kinds` says.
+
+    `keep`: save E for backward as a tensor. For blocks that are recomputed: a checkpointed forward saves nothing, so that it
+    is kept from the second forward to the backward right behind it, and not made a third time.
+    """
 
     base: list[Tensor]
     kinds: str  # "p": packed; else one letter per linear: d dense, n NF4
     a: list[Tensor]  # (r, D) each
     b: list[Tensor]  # (o, r) each
     scale: float
+    keep: bool = False
 
 
 def padded_rank(b: list[Tensor]) -> int:
@@ -53,15 +59,26 @@ def padded_rank(b: list[Tensor]) -> int:
 
 
 @triton.jit
-def _strip_kernel(p_b, p_out, O, P, stride_b, stride_out, rank, offset, PAD: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of E's right strip: [0 .. 0, B, 0 .. 0], B from column offset on. Whole rows, so that whole sectors are written."""
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_column = tl.arange(0, PAD)[None, :]
-    m_row = o_row < O
-    m_b = m_row & (o_column >= offset) & (o_column < offset + rank)
-    b_b = tl.load(p_b + o_row * stride_b + (o_column - offset), mask=m_b, other=0.0)
-    m_out = m_row & (o_column < P)  # PAD is the next power of two
-    tl.store(p_out + o_row * stride_out + o_column, b_b.to(p_out.dtype.element_ty), mask=m_out)
+def _adapter_kernel(
+    p_a, p_b, p_below, p_beside, O, D, P, stride_a, stride_b, stride_e, scale, rank, offset,
+    strips, PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One linear's adapter into E. The first `strips` programs: rows of [0 .. 0, B, 0 .. 0], B from column offset on, whole rows so
+    that whole sectors are written. The others: BLOCK columns of each row of sA."""
+    i_program = tl.program_id(0).to(tl.int64)
+    if i_program < strips:
+        o_row = i_program * ROWS + tl.arange(0, ROWS)[:, None]
+        o_column = tl.arange(0, PAD)[None, :]
+        m_b = (o_row < O) & (o_column >= offset) & (o_column < offset + rank)
+        b_b = tl.load(p_b + o_row * stride_b + (o_column - offset), mask=m_b, other=0.0)
+        m_out = (o_row < O) & (o_column < P)  # PAD is the next power of two
+        tl.store(p_beside + o_row * stride_e + o_column, b_b.to(p_beside.dtype.element_ty), mask=m_out)
+    else:
+        o_column = (i_program - strips) * BLOCK + tl.arange(0, BLOCK)
+        m_column = o_column < D
+        for row in range(0, rank):
+            b_a = tl.load(p_a + row * stride_a + o_column, mask=m_column, other=0.0) * scale
+            tl.store(p_below + row * stride_e + o_column, b_a.to(p_below.dtype.element_ty), mask=m_column)
 
 
 def new_extended(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -71,27 +88,33 @@ def new_extended(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> Tensor
 
 
 @torch.no_grad()
-def write_adapters(extended: Tensor, a: list[Tensor], b: list[Tensor], scale: float) -> None:
+def write_adapters(extended: Tensor, a: list[Tensor], b: list[Tensor], scale: float, *, eager: bool = False) -> None:
     """Put sA and B into E, in its dtype, and zeros around them."""
     out_width, width = sum(part.shape[0] for part in b), a[0].shape[1]
     row, rank = 0, 0
     for part_a, part_b in zip(a, b, strict=True):
         (rows, ranks) = part_b.shape
-        torch.mul(part_a, scale, out=extended[out_width + rank : out_width + rank + ranks, :width])
-        write_strip(extended[row : row + rows, width:], part_b, rank, eager=not part_b.is_cuda)
+        below, beside = extended[out_width + rank :, :width], extended[row : row + rows, width:]
+        _write_adapter(below, beside, part_a, part_b, scale, rank, eager)
         row, rank = row + rows, rank + ranks
     extended[out_width + rank :, :width].zero_()
 
 
-def write_strip(strip: Tensor, b: Tensor, offset: int, *, eager: bool = False) -> None:
-    """B (O, r) into columns offset .. offset + r of strip (O, P), rows strided; the other columns become zero."""
-    (rows, rank), pad = b.shape, strip.shape[1]
+def _write_adapter(
+    below: Tensor, beside: Tensor, a: Tensor, b: Tensor, scale: float, offset: int, eager: bool
+) -> None:
+    """sA into the first rows of `below` (.., D); B into columns offset .. offset + r of `beside` (O, P), zeros in the others."""
+    (rows, rank), (width, pad) = b.shape, (a.shape[1], beside.shape[1])
     if eager:
-        strip.zero_()
-        strip[:, offset : offset + rank].copy_(b)
+        torch.mul(a, scale, out=below[:rank])
+        beside.zero_()
+        beside[:, offset : offset + rank].copy_(b)
     elif pad > 0:
-        grid, block = (triton.cdiv(rows, STRIP_ROWS),), triton.next_power_of_2(pad)
-        _strip_kernel[grid](b, strip, rows, pad, b.stride(0), strip.stride(0), rank, offset, PAD=block, ROWS=STRIP_ROWS)
+        strips = triton.cdiv(rows, STRIP_ROWS)
+        grid = (strips + triton.cdiv(width, ROW_BLOCK) * (rank > 0),)
+        strides = a.stride(0), b.stride(0), below.stride(0)
+        sizes = {"PAD": triton.next_power_of_2(pad), "ROWS": STRIP_ROWS, "BLOCK": ROW_BLOCK}
+        _adapter_kernel[grid](a, b, below, beside, rows, width, pad, *strides, scale, rank, offset, strips, **sizes)
 
 
 def extended_weight(group: Group, dtype: torch.dtype, eager: bool) -> Tensor:
@@ -107,7 +130,7 @@ def extended_weight(group: Group, dtype: torch.dtype, eager: bool) -> Tensor:
         else:
             place.copy_(next(parts))
         row += part_b.shape[0]
-    write_adapters(extended, group.a, group.b, group.scale)
+    write_adapters(extended, group.a, group.b, group.scale, eager=not extended.is_cuda)
     return extended
 
 
@@ -155,16 +178,17 @@ class _LoraLinear(torch.autograd.Function):
         wide = x.new_empty(x.shape[0], x.shape[1] + pad)
         wide[:, : x.shape[1]].copy_(x)
         y, xa = project(wide, extended, pad, bias)
-        ctx.save_for_backward(x, xa)
-        # Not as saved tensors: E is written again by a second forward, with the same values.
+        ctx.save_for_backward(x, xa, *[extended] * group.keep)
+        # Not as saved tensors: a packed E is written again by a second forward, with the same values.
         ctx.group, ctx.eager = group, eager
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
-        (x, xa), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
-        dx, dyb = input_gradient(dy, extended_weight(group, x.dtype, "nf4" in ctx.eager), padded_rank(group.b))
+        (x, xa, *kept), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
+        extended = kept[0] if kept else extended_weight(group, x.dtype, "nf4" in ctx.eager)
+        dx, dyb = input_gradient(dy, extended, padded_rank(group.b))
         return dx, None, None, None, *adapter_gradients(dyb, x, dy, xa, group)
 
 

@@ -80,6 +80,7 @@ class Block(nn.Module):
     """One layer: attention and feed forward, each on the normalised residual stream."""
 
     base_stays = True  # whether frozen weights stay where they are; False once shard_model divides them
+    recomputed = False  # whether its activations are made again in backward
     compilable = True  # whether torch.compile has something to gain
 
     def __init__(self, config: TransformerConfig) -> None:

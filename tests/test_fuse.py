@@ -10,6 +10,7 @@ from torch import nn
 from torchft.errors import ConfigError
 from torchft.fuse import KERNELS, fuse, swap
 from torchft.fused_block import FusedBlock
+from torchft.kernels import lora_linear as lora_kernels
 from torchft.kernels.lora_linear import lora_linear
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.lora import LoraSpec, adapters_off, add_lora, init_lora, trainable_parameters
@@ -111,11 +112,28 @@ def test_loss_and_gradients_are_the_plain_models(variant: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "every_2"])
-def test_recomputing_changes_nothing(mode: str) -> None:
-    model = adapted()
+@pytest.mark.parametrize("nf4", [False, True])
+def test_recomputing_changes_nothing(mode: str, nf4: bool) -> None:
+    model = adapted(nf4=nf4)
     twin = fused(model)
     apply_activation_checkpointing(twin, mode)
     assert_equal(model, twin)
+
+
+def test_a_recomputed_block_makes_each_matrix_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in forward, where nothing is kept, and once for recomputing and backward together."""
+    made = []
+    original = lora_kernels.new_extended
+    monkeypatch.setattr(lora_kernels, "new_extended", lambda *args: made.append(original(*args)) or made[-1])
+    model = fused(adapted(nf4=True))
+    gradients(model)
+    assert len(made) == 3 * 4 * 2  # blocks x groups x (forward, backward)
+    apply_activation_checkpointing(model, "full")
+    made.clear()
+    loss = model(**batch())
+    assert len(made) == 3 * 4
+    loss.backward()
+    assert len(made) == 3 * 4 * 2
 
 
 @pytest.mark.parametrize("kernel", ALL)

@@ -30,7 +30,7 @@ class FusedBlock(Block):
         nn.Module.__init__(self)
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.base_stays = block.base_stays
+        self.base_stays, self.recomputed = block.base_stays, block.recomputed
         self.eager = eager
         self.adapted = [module for module in self.modules() if isinstance(module, LoRALinear)]
         self.packed: dict[str, Tensor] = {}  # E of kernels/lora_linear.py, by the group's first linear
@@ -78,11 +78,11 @@ class FusedBlock(Block):
         bias = None if biases[0] is None else torch.cat(biases)
         if self.base_stays and not any(isinstance(linear.weight, nf4.NF4Tensor) for linear in linears):
             extended = self._extended(names[0], linears, a, b)
-            write_adapters(extended, a, b, scale)  # each time: a fused optimizer's step shows in no version counter
+            write_adapters(extended, a, b, scale, eager=not extended.is_cuda)  # each time: a fused optimizer's step shows in no version counter
             return Group([extended], "p", a, b, scale), bias
         kinds = "".join("n" if isinstance(linear.weight, nf4.NF4Tensor) else "d" for linear in linears)
         base = [part for linear in linears for part in nf4.storage(linear.weight)]
-        return Group(base, kinds, a, b, scale), bias
+        return Group(base, kinds, a, b, scale, keep=self.recomputed), bias
 
     def _extended(self, key: str, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor]) -> Tensor:
         """The kept E, of which the frozen weights are views; made when they first come, and again when they are replaced."""

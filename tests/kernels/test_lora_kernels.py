@@ -1,38 +1,40 @@
-"""The strip of adapters beside the base weight; the folded products as a whole are in tests/test_fuse.py."""
+"""The adapters beside and below the base weight; the folded products as a whole are in tests/test_fuse.py."""
 
 import pytest
 import torch
 
-from torchft.kernels.lora_linear import Group, lora_linear, new_extended, padded_rank, write_adapters, write_strip
+from torchft.kernels.lora_linear import Group, lora_linear, new_extended, padded_rank, write_adapters
 from torchft.kernels.lora_swiglu_linear import lora_swiglu_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("rows, rank, offset, pad", [(1, 1, 0, 64), (63, 5, 7, 64), (130, 16, 48, 64), (70, 65, 20, 192), (9, 0, 3, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_strip(rows: int, rank: int, offset: int, pad: int, dtype: torch.dtype, eager: bool) -> None:
-    """B where it belongs, zeros beside it, and nothing beyond."""
-    around = torch.full((rows + 2, pad + 9), torch.nan, dtype=dtype, device=DEVICE)
-    b = torch.randn(rows, rank, device=DEVICE)
-    before = b.clone()
-    write_strip(around[1:-1, 4:-5], b, offset, eager=eager)
-    expected = torch.full_like(around, torch.nan)
-    expected[1:-1, 4:-5] = 0
-    expected[1:-1, 4 + offset : 4 + offset + rank] = b.to(dtype)
-    torch.testing.assert_close(around, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(b, before)
-
-
-def test_no_part_that_is_read_is_left_unwritten() -> None:
-    """Memory that new_extended finds may hold anything, NaN too."""
-    a, b = [torch.randn(3, 20), torch.randn(2, 20)], [torch.randn(6, 3), torch.randn(5, 2)]
-    extended = new_extended(a, b, torch.float32).fill_(torch.nan)
-    write_adapters(extended, a, b, 2.0)
-    extended[:11, :20] = torch.randn(11, 20)
-    assert padded_rank(b) == 64 and extended.shape == (75, 84)
-    assert not extended[:, :20].isnan().any() and not extended[:11].isnan().any()
+@pytest.mark.parametrize(
+    "width, rows, ranks", [(20, (6, 5), (3, 2)), (1025, (130, 1, 64), (16, 0, 5)), (63, (70,), (65,)), (33, (9, 9), (0, 0))]
+)
+def test_adapters_in_the_folded_matrix(
+    width: int, rows: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, eager: bool
+) -> None:
+    """sA below and B beside the base weight, zeros around them; the weight itself and what is never read stay as they were."""
+    a = [torch.randn(rank, width, device=DEVICE) for rank in ranks]
+    b = [torch.randn(row, rank, device=DEVICE) for row, rank in zip(rows, ranks, strict=True)]
+    before = [tensor.clone() for tensor in (*a, *b)]
+    extended = new_extended(a, b, dtype).fill_(torch.nan)
+    out_width, pad = sum(rows), padded_rank(b)
+    assert extended.shape == (out_width + pad, width + pad) and pad % 64 == 0 and pad >= sum(ranks)
+    write_adapters(extended, a, b, 1.5, eager=eager)
+    assert extended[:out_width, :width].isnan().all() and extended[out_width:, width:].isnan().all()
+    below, beside = torch.zeros(pad, width), torch.zeros(out_width, pad)
+    row = rank = 0
+    for part_a, part_b in zip(a, b, strict=True):
+        below[rank : rank + len(part_a)] = 1.5 * part_a
+        beside[row : row + part_b.shape[0], rank : rank + part_b.shape[1]] = part_b
+        row, rank = row + part_b.shape[0], rank + part_b.shape[1]
+    torch.testing.assert_close(extended[out_width:, :width].cpu(), below.to(dtype), rtol=1e-3 * (dtype == torch.float16), atol=0)
+    assert torch.equal(extended[:out_width, width:].cpu(), beside.to(dtype))
+    assert all(torch.equal(kept, now) for kept, now in zip(before, (*a, *b), strict=True))
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
