@@ -99,7 +99,7 @@ JOINED = '''
 
 from dataclasses import dataclass, field
 
-from torchft.config import RunConfig
+from torchft.config import ModelConfig, OptimConfig, RunConfig
 from torchft.distributed import join_processes
 from torchft.errors import ConfigError
 from torchft.parse import parse
@@ -112,7 +112,7 @@ class Config:
 
 
 def main(cfg):
-    join_processes()
+    join_processes(ModelConfig(), OptimConfig(), cfg.run)
     raise ConfigError("model.shard=2 divides nothing") if cfg.how == "user" else RuntimeError("shapes differ")
 
 

@@ -78,7 +78,8 @@ class FusedBlock(Block):
         bias = None if biases[0] is None else torch.cat(biases)
         if self.base_stays and not any(isinstance(linear.weight, nf4.NF4Tensor) for linear in linears):
             extended = self._extended(names[0], linears, a, b)
-            write_adapters(extended, a, b, scale, eager=not extended.is_cuda)  # each time: a fused optimizer's step shows in no version counter
+            # Each time: a fused optimizer's step shows in no version counter.
+            write_adapters(extended, a, b, scale, eager=not extended.is_cuda)
             return Group([extended], "p", a, b, scale), bias
         kinds = "".join("n" if isinstance(linear.weight, nf4.NF4Tensor) else "d" for linear in linears)
         base = [part for linear in linears for part in nf4.storage(linear.weight)]
