@@ -83,7 +83,9 @@ def _weight_backward_kernel(
     b_partial = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for i in range(0, rows):
         i_t = i_p * rows + i
-        m_row = m_d & (i_t < T)  # the last programs may have fewer rows, or none
+        # The last programs may have fewer rows, or none. Not `m_d & (i_t < T)`: of a block and a number, Triton 3.9's interpreter
+        # makes something that is no mask.
+        m_row = o_d < tl.where(i_t < T, D, 0)
         rstd = tl.load(p_rstd + i_t, mask=i_t < T, other=0.0)
         b_n = tl.load(p_h2 + i_t * D + o_d, mask=m_row, other=0.0).to(tl.float32) * rstd
         b_dy = tl.load(p_dy + i_t * dy_stride + o_d, mask=m_row, other=0.0).to(tl.float32)

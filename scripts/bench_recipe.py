@@ -94,11 +94,11 @@ def run_recipe(case: str, timeout_s: int, gpus: int, options: list[str]) -> dict
     return measure(["-m", "torchft", "run", *recipe], case, timeout_s, max(1, gpus), options)
 
 
-def run_plain(case: str, timeout_s: int) -> dict:
-    """The recipe without kernels: the best of four configurations, with the figures of all."""
+def run_plain(case: str, timeout_s: int, configurations: list[str]) -> dict:
+    """The recipe without kernels: the best of these configurations, with the figures of all."""
     script = str(REPO / "scripts/baselines/plain.py")
     found = {}
-    for name in PLAIN:
+    for name in configurations:
         try:
             found[name] = measure([script, *name.split()], case, timeout_s, 1, [])
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
@@ -144,10 +144,10 @@ def reduce_log(records: list[dict]) -> dict:
     }
 
 
-def run_baseline(name: str, case: str, timeout_s: int) -> dict:
+def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str]) -> dict:
     """Run scripts/baselines/<name>.py on the case's shapes; it prints one JSON object as its last line."""
     if name == "plain":
-        return run_plain(case, timeout_s)
+        return run_plain(case, timeout_s, configurations)
     config, overrides = case_overrides(case)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -183,6 +183,9 @@ def main() -> None:
     )
     parser.add_argument("--option", action="append", default=[], help="one more of the recipe's, such as model.shard=all")
     parser.add_argument("--baseline", action="append", default=[], help="hf_peft or plain; may be repeated")
+    parser.add_argument(
+        "--plain", action="append", choices=PLAIN, help="a configuration of the baseline plain; may be repeated; without it all four"
+    )
     parser.add_argument("--records", type=Path, default=REPO / "docs/records.jsonl", help="JSON lines are appended here")
     parser.add_argument("--timeout", type=int, default=240, help="seconds per case and per baseline")
     parser.add_argument("--list", action="store_true", help="print the usual cases")
@@ -195,12 +198,12 @@ def main() -> None:
     for case in args.case:
         try:
             options = [f"--gpus {args.gpus}"] * bool(args.gpus) + [f"--option {option}" for option in args.option]
-            options += [f"--baseline {name}" for name in args.baseline]
+            options += [f"--baseline {name}" for name in args.baseline] + [f"--plain '{name}'" for name in args.plain or []]
             command = " ".join(["python scripts/bench_recipe.py --case", case, *options])
             measured = run_recipe(case, args.timeout, args.gpus, args.option)
             record = {"case": case, **environment(args.gpus), "command": command, **measured, "baselines": {}}
             for name in args.baseline:
-                record["baselines"][name] = run_baseline(name, case, args.timeout)
+                record["baselines"][name] = run_baseline(name, case, args.timeout, args.plain or list(PLAIN))
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(f"{case}: FAILED, nothing recorded: {error}", flush=True)
             continue

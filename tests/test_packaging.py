@@ -53,7 +53,8 @@ def test_the_wheel_made_from_the_sdist_holds_everything_under_one_name(tree, tmp
     for name in ("torchft/models/llama.py", "torchft/recipes/lora_single_device.py", "torchft/configs/tiny/lora.yaml"):
         assert name in want
     with tarfile.open(build("sdist", tree, tmp_path)) as sdist:
-        sdist.extractall(tmp_path, filter="data")
+        sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it from 3.11.4 on
+        sdist.extractall(tmp_path)
     unpacked = next(path for path in tmp_path.iterdir() if path.is_dir())
     for source in (tree, unpacked):
         out = tmp_path / f"from_{source.name}"

@@ -24,6 +24,7 @@ QKV, O, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj
 class FusedBlock(Block):
     """The parameters of a Block under the same names, and what it computes. Made by torchft.fuse."""
 
+    draws = False  # no dropout: fuse leaves blocks that have it as they are
     compilable = False  # its ops are opaque, and there is nothing left between them
 
     def __init__(self, block: Block, eager: str) -> None:

@@ -172,7 +172,7 @@ class RunLogger:
             f"loss {record['loss']:7.4f}",
             f"lr {record['lr']:.2e}",
             f"norm {record['grad_norm']:6.2f}",
-            f"{record['tokens_per_s']:>7,.0f} tok/s",
+            f"{record['tokens_per_s']:>9,.0f} tok/s",
             f"{record['supervised_tokens']:>6,} trained",
             f"{record['peak_memory_gib']:6.2f} GiB",
         ]

@@ -13,6 +13,7 @@ from test_lora_single_device import log_records, options, relative_error
 from tiny_training import hide_cuda
 
 from torchft.errors import ConfigError
+from torchft.fuse import KERNELS, swap
 from torchft.modules.sharding import whole
 from torchft.names import RECIPES
 from torchft.ranks import rank
@@ -68,6 +69,20 @@ def test_any_number_of_processes_gives_one_curve(small_model: Path, chat_data: P
     expected = train(0, small_model, chat_data, tmp_path / "0", *(text for text in more if "shard" not in text))
     for processes in {"lora": (1, 2, 4), "qlora": (2, 4), "two copies": (4,)}.get(variant, (2,)):
         assert_same_run(train(processes, small_model, chat_data, tmp_path / f"{processes}", *more), expected)
+
+
+@pytest.mark.parametrize("more", [["model.shard=all"], ["model.shard=1"], ["model.shard=all", "model.quantize=nf4"]], ids="-".join)
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_fused_blocks_give_the_same_curve_divided(
+    small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], recomputed: str
+) -> None:
+    """A base that stays is re-laid, a divided one is put into the folded matrix while it is gathered; here without Triton."""
+    options_of = [*(text for text in more if "shard" not in text), f"model.activation_checkpointing={recomputed}"]
+    expected = train(0, small_model, chat_data, tmp_path / "0", *options_of)
+    plain = tuple(name for name in KERNELS if name != "lora")
+    monkeypatch.setattr(lora_distributed, "fuse", lambda model, switches, device: swap(model, plain))
+    out = train(2, small_model, chat_data, tmp_path / "2", *more, f"model.activation_checkpointing={recomputed}")
+    assert_same_run(out, expected)
 
 
 @pytest.mark.parametrize("variant", ["lora", "qlora", "packed"])
