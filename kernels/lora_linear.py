@@ -74,11 +74,11 @@ def _adapter_kernel(
         m_out = (o_row < O) & (o_column < P)  # PAD is the next power of two
         tl.store(p_beside + o_row * stride_e + o_column, b_b.to(p_beside.dtype.element_ty), mask=m_out)
     else:
-        o_column = (i_program - strips) * BLOCK + tl.arange(0, BLOCK)
-        m_column = o_column < D
-        for row in range(0, rank):
-            b_a = tl.load(p_a + row * stride_a + o_column, mask=m_column, other=0.0) * scale
-            tl.store(p_below + row * stride_e + o_column, b_a.to(p_below.dtype.element_ty), mask=m_column)
+        o_d = (i_program - strips) * BLOCK + tl.arange(0, BLOCK)
+        for i in range(0, rank):
+            i_rank = tl.cast(i, tl.int64)
+            b_a = tl.load(p_a + i_rank * stride_a + o_d, mask=o_d < D, other=0.0) * scale
+            tl.store(p_below + i_rank * stride_e + o_d, b_a.to(p_below.dtype.element_ty), mask=o_d < D)
 
 
 def new_extended(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> Tensor:

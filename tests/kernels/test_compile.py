@@ -1,0 +1,40 @@
+"""The kernels compile for a GPU on a machine that has none: what Triton's interpreter accepts, its compiler may refuse."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SOURCE = """
+import importlib, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+for module, name, types, constants in json.loads(sys.argv[1]):
+    kernel = getattr(importlib.import_module("torchft.kernels." + module), name)
+    for dtype in ("bf16", "fp32"):
+        signature = dict(zip(kernel.arg_names, types.format(dtype).split())) | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        print(name, dtype)
+"""
+KERNELS = [
+    ("lora_linear", "_adapter_kernel", "*fp32 *fp32 *{0} *{0} i32 i32 i32 i32 i32 i32 fp32 i32 i32 i32",
+     {"PAD": 64, "ROWS": 64, "BLOCK": 1024}),
+    ("rms_norm", "_forward_kernel", "*{0} *{0} *{0} *{0} *{0} *fp32 i32 i32 fp32", {"BLOCK_D": 4096}),
+    ("rms_norm", "_backward_kernel", "*{0} *{0} *fp32 *{0} *{0} *{0} *{0} i32 i32 i32", {"BLOCK_D": 4096}),
+    ("rms_norm", "_weight_backward_kernel", "*{0} *{0} *fp32 *{0} *{0} *fp32 i32 i32 i32 i32", {"BLOCK_D": 4096}),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests marked gpu compile and run them")
+def test_the_kernels_compile_for_sm_90() -> None:
+    """Those with branches and loops; in a process of its own, since this one has the interpreter."""
+    command = [sys.executable, "-c", SOURCE, json.dumps(KERNELS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 2 * len(KERNELS)
