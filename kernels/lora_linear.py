@@ -38,18 +38,13 @@ NF4_PARTS = 5  # storage tensors of an NF4 weight, see kernels/nf4.py
 
 
 class Group(NamedTuple):
-    """Linears of one input. `base`: [E] if packed, else per linear its dense weight or its NF4 storage, as `kinds` says.
-
-    `keep`: save E for backward as a tensor. For blocks that are recomputed: a checkpointed forward saves nothing, so that it
-    is kept from the second forward to the backward right behind it, and not made a third time.
-    """
+    """Linears of one input. `base`: [E] if packed, else per linear its dense weight or its NF4 storage, as `kinds` says."""
 
     base: list[Tensor]
     kinds: str  # "p": packed; else one letter per linear: d dense, n NF4
     a: list[Tensor]  # (r, D) each
     b: list[Tensor]  # (o, r) each
     scale: float
-    keep: bool = False
 
 
 def padded_rank(b: list[Tensor]) -> int:
@@ -138,9 +133,8 @@ def project(wide: Tensor, extended: Tensor, pad: int, bias: Tensor | None) -> tu
     """wide (T, D + P) with x in its first D columns, the others are filled here -> y (T, O), x (sA)^T (T, P)."""
     width, out_width = wide.shape[1] - pad, extended.shape[0] - pad
     torch.mm(wide[:, :width], extended[out_width:, :width].T, out=wide[:, width:])
-    y = wide @ extended[:out_width].T
-    if bias is not None:
-        y += bias
+    weight = extended[:out_width].T
+    y = wide @ weight if bias is None else torch.addmm(bias, wide, weight)  # rounded once, with the bias in it
     return y, wide[:, width:].clone()  # so that the rest of `wide` can go
 
 
@@ -178,7 +172,7 @@ class _LoraLinear(torch.autograd.Function):
         wide = x.new_empty(x.shape[0], x.shape[1] + pad)
         wide[:, : x.shape[1]].copy_(x)
         y, xa = project(wide, extended, pad, bias)
-        ctx.save_for_backward(x, xa, *[extended] * group.keep)
+        ctx.save_for_backward(x, xa)
         # Not as saved tensors: a packed E is written again by a second forward, with the same values.
         ctx.group, ctx.eager = group, eager
         return y
@@ -186,8 +180,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
-        (x, xa, *kept), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
-        extended = kept[0] if kept else extended_weight(group, x.dtype, "nf4" in ctx.eager)
+        (x, xa), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
+        extended = extended_weight(group, x.dtype, "nf4" in ctx.eager)
         dx, dyb = input_gradient(dy, extended, padded_rank(group.b))
         return dx, None, None, None, *adapter_gradients(dyb, x, dy, xa, group)
 

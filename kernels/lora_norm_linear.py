@@ -33,16 +33,16 @@ class _LoraNormLinear(torch.autograd.Function):
         wide = h.new_empty(h.shape[0], h.shape[1] + pad)
         total, rstd = add_rms_norm(h, delta, norm, eps, wide[:, : h.shape[1]], eager="rms_norm" in eager)
         y, xa = project(wide, extended, pad, bias)
-        ctx.save_for_backward(total, norm, rstd, xa, *[extended] * group.keep)
+        ctx.save_for_backward(total, norm, rstd, xa)
         ctx.group, ctx.eager, ctx.added = group, eager, delta is not None
         return total, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dh: Tensor, dy: Tensor) -> tuple:
-        (h, norm, rstd, xa, *kept), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
+        (h, norm, rstd, xa), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
         pad, width = padded_rank(group.b), h.shape[1]
-        extended = kept[0] if kept else extended_weight(group, h.dtype, "nf4" in ctx.eager)
+        extended = extended_weight(group, h.dtype, "nf4" in ctx.eager)
         out_width = extended.shape[0] - pad
         wide = dy @ extended[:out_width]  # (T, D + P): dy W and dy B in one product
         dx, dyb = wide[:, :width], wide[:, width:].clone()

@@ -31,15 +31,15 @@ class _LoraSwigluLinear(torch.autograd.Function):
         wide = gate_up.new_empty(gate_up.shape[0], width + pad)
         swiglu(gate_up, wide[:, :width], activation=activation, eager="swiglu" in eager)
         y, xa = project(wide, extended, pad, bias)
-        ctx.save_for_backward(gate_up, xa, *[extended] * group.keep)
+        ctx.save_for_backward(gate_up, xa)
         ctx.activation, ctx.group, ctx.eager = activation, group, eager
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
-        (gate_up, xa, *kept), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
-        extended = kept[0] if kept else extended_weight(group, dy.dtype, "nf4" in ctx.eager)
+        (gate_up, xa), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
+        extended = extended_weight(group, dy.dtype, "nf4" in ctx.eager)
         dx, dyb = input_gradient(dy, extended, padded_rank(group.b))
         # x takes the place of dx, element by element, as that is read
         d_gate_up = swiglu_backward(dx, gate_up, dx, activation=ctx.activation, eager="swiglu" in ctx.eager)

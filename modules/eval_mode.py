@@ -22,8 +22,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         if dist.is_available() and dist.is_initialized():
-            from torch.distributed.fsdp import FSDPModule  # here: its import takes half a second
+            _divide_again(model)
 
-            for module, _ in modes:
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+
+def _divide_again(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule  # here: its import takes half a second
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

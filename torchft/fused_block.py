@@ -31,7 +31,7 @@ class FusedBlock(Block):
         nn.Module.__init__(self)
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.base_stays, self.recomputed = block.base_stays, block.recomputed
+        self.base_stays = block.base_stays
         self.eager = eager
         self.adapted = [module for module in self.modules() if isinstance(module, LoRALinear)]
         self.packed: dict[str, Tensor] = {}  # E of kernels/lora_linear.py, by the group's first linear
@@ -84,7 +84,7 @@ class FusedBlock(Block):
             return Group([extended], "p", a, b, scale), bias
         kinds = "".join("n" if isinstance(linear.weight, nf4.NF4Tensor) else "d" for linear in linears)
         base = [part for linear in linears for part in nf4.storage(linear.weight)]
-        return Group(base, kinds, a, b, scale, keep=self.recomputed), bias
+        return Group(base, kinds, a, b, scale), bias
 
     def _extended(self, key: str, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor]) -> Tensor:
         """The kept E, of which the frozen weights are views; made when they first come, and again when they are replaced."""
