@@ -24,6 +24,7 @@ CHOICES = {
     "optim.name": ("adamw", "adamw_8bit"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }
+KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "cross_entropy")  # lora: the folded products of torchft/fuse.py
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text")
@@ -86,6 +87,10 @@ def _check_model(values: dict[str, Any]) -> Problems:
     shard = values.get("model.shard", "auto")
     if shard not in ("auto", "all") and not re.fullmatch(r"[1-9][0-9]{0,5}", shard):
         problems.append(("model.shard", f"is {show(shard)}; write auto, all or a number of processes, such as 8"))
+    for name, value in values.get("model.kernels", {}).items():
+        if name not in KERNELS or value not in ("triton", "eager"):
+            known = f"write one of {', '.join(KERNELS)} with eager or triton, such as {{rope: eager}}"
+            problems.append(("model.kernels", f"holds {show_key(name)}: {show_key(value)}; {known}"))
     if values.get("model.path") == "":
         problems.append(
             (

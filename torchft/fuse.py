@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from torchft.errors import ConfigError
+from torchft.checks import KERNELS
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.lora import LoRALinear
 from torchft.modules.transformer import CausalLM
-
-KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "cross_entropy")  # names of model.kernels; lora: the folded products
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,8 @@ def fuse(model: CausalLM, switches: dict[str, str], device: torch.device) -> Fus
     """Swap kernels into `model`, on meta or loaded, after adapters and NF4 and before anything is divided or compiled.
 
     Args:
-        switches: kernel -> triton or eager, for those that shall not be what is chosen: Triton on CUDA; on a CPU nothing is
-            swapped.
-
-    Raises:
-        ConfigError: an unknown kernel or value.
+        switches: kernel -> triton or eager, as `model.kernels` has them; on a CPU nothing is swapped.
     """
-    for name, value in switches.items():
-        if name not in KERNELS or value not in ("triton", "eager"):
-            raise ConfigError(f"model.kernels: {name}: {value} is unknown; write {', '.join(KERNELS)} with triton or eager")
     eager = tuple(name for name in KERNELS if switches.get(name) == "eager")
     if device.type != "cuda":
         return FuseReport(0, False, eager, "Triton needs a GPU")

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from torchft.fuse import KERNELS, swap
+from torchft.checks import KERNELS
+from torchft.fuse import swap
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.lora import LoraSpec, add_lora, init_lora
 from torchft.modules.nf4 import NF4Tensor, quantize_nf4, storage

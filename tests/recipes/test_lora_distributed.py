@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from test_lora_single_device import log_records, options, relative_error
 from tiny_training import hide_cuda
 
+from torchft.checks import KERNELS
 from torchft.errors import ConfigError
-from torchft.fuse import KERNELS, swap
+from torchft.fuse import swap
 from torchft.modules.sharding import whole
 from torchft.names import RECIPES
 from torchft.ranks import rank
