@@ -44,7 +44,7 @@ def _logprob_kernel(
     stride_logits,
     stride_labels,
     stride_upstream,
-    V,
+    V: tl.constexpr,  # a loop's end as a plain argument is more than Triton 3.6's interpreter takes
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
@@ -100,7 +100,7 @@ def _logprobs(
     _logprob_kernel[(len(labels),)](
         *(logits, labels, upstream, out),
         *(logits.stride(0), labels.stride(0), 0 if upstream is None else upstream.stride(0)),
-        vocabulary,
+        V=vocabulary,
         IGNORE=IGNORE_INDEX,
         BLOCK=block,
         WRITE_GRADIENT=write_gradient,

@@ -55,8 +55,8 @@ def padded_rank(b: list[Tensor]) -> int:
 
 @triton.jit
 def _adapter_kernel(
-    p_a, p_b, p_below, p_beside, O, D, P, stride_a, stride_b, stride_e, scale, rank, offset,
-    strips, PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_a, p_b, p_below, p_beside, O, D, P, stride_a, stride_b, stride_e, scale, offset, strips,
+    RANK: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One linear's adapter into E. The first `strips` programs: rows of [0 .. 0, B, 0 .. 0], B from column offset on, whole rows so
     that whole sectors are written. The others: BLOCK columns of each row of sA."""
@@ -64,13 +64,13 @@ def _adapter_kernel(
     if i_program < strips:
         o_row = i_program * ROWS + tl.arange(0, ROWS)[:, None]
         o_column = tl.arange(0, PAD)[None, :]
-        m_b = (o_row < O) & (o_column >= offset) & (o_column < offset + rank)
+        m_b = (o_row < O) & (o_column >= offset) & (o_column < offset + RANK)
         b_b = tl.load(p_b + o_row * stride_b + (o_column - offset), mask=m_b, other=0.0)
         m_out = (o_row < O) & (o_column < P)  # PAD is the next power of two
         tl.store(p_beside + o_row * stride_e + o_column, b_b.to(p_beside.dtype.element_ty), mask=m_out)
     else:
         o_d = (i_program - strips) * BLOCK + tl.arange(0, BLOCK)
-        for i in range(0, rank):
+        for i in range(0, RANK):
             i_rank = tl.cast(i, tl.int64)
             b_a = tl.load(p_a + i_rank * stride_a + o_d, mask=o_d < D, other=0.0) * scale
             tl.store(p_below + i_rank * stride_e + o_d, b_a.to(p_below.dtype.element_ty), mask=o_d < D)
@@ -108,8 +108,8 @@ def _write_adapter(
         strips = triton.cdiv(rows, STRIP_ROWS)
         grid = (strips + triton.cdiv(width, ROW_BLOCK) * (rank > 0),)
         strides = a.stride(0), b.stride(0), below.stride(0)
-        sizes = {"PAD": triton.next_power_of_2(pad), "ROWS": STRIP_ROWS, "BLOCK": ROW_BLOCK}
-        _adapter_kernel[grid](a, b, below, beside, rows, width, pad, *strides, scale, rank, offset, strips, **sizes)
+        sizes = {"RANK": rank, "PAD": triton.next_power_of_2(pad), "ROWS": STRIP_ROWS, "BLOCK": ROW_BLOCK}
+        _adapter_kernel[grid](a, b, below, beside, rows, width, pad, *strides, scale, offset, strips, **sizes)
 
 
 def extended_weight(group: Group, dtype: torch.dtype, eager: bool) -> Tensor:

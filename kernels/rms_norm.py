@@ -73,16 +73,16 @@ def _backward_kernel(
 
 @triton.jit
 def _weight_backward_kernel(
-    p_dy, p_h2, p_rstd, p_weight, p_grad, p_partial, dy_stride, T, D, rows, BLOCK_D: tl.constexpr
+    p_dy, p_h2, p_rstd, p_weight, p_grad, p_partial, dy_stride, T, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """`rows` rows one after the other: grad = r (g - n mean(g n)) of each, and partial = their sum of dy n in fp32."""
+    """ROWS rows one after the other: grad = r (g - n mean(g n)) of each, and partial = their sum of dy n in fp32."""
     i_p = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_w = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_partial = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for i in range(0, rows):
-        i_t = i_p * rows + i
+    for i in range(0, ROWS):
+        i_t = i_p * ROWS + i
         # The last programs may have fewer rows, or none. Not `m_d & (i_t < T)`: of a block and a number, Triton 3.9's interpreter
         # makes something that is no mask.
         m_row = o_d < tl.where(i_t < T, D, 0)
@@ -195,11 +195,11 @@ def _backward_with_weight(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -
     programs = 4  # enough to cover the loop in the interpreter
     if x.is_cuda:  # two for each multiprocessor: the parts are then 4 MiB on an H200 at D = 4096
         programs = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
-    rows = max(triton.cdiv(T, programs), 1)
+    rows = triton.next_power_of_2(max(triton.cdiv(T, programs), 1))  # a constant of the kernel: few values, few compilations
     grad = torch.empty_like(x)
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     _weight_backward_kernel[(programs,)](
-        dy, x, rstd, weight, grad, partial, dy.stride(0), T, D, rows, **options
+        dy, x, rstd, weight, grad, partial, dy.stride(0), T, D, ROWS=rows, **options
     )  # fmt: skip
     return grad, partial.sum(0).to(weight.dtype)
 

@@ -23,11 +23,13 @@ for module, name, types, constants in json.loads(sys.argv[1]):
         print(name, dtype)
 """
 KERNELS = [
-    ("lora_linear", "_adapter_kernel", "*fp32 *fp32 *{0} *{0} i32 i32 i32 i32 i32 i32 fp32 i32 i32 i32",
-     {"PAD": 64, "ROWS": 64, "BLOCK": 1024}),
+    ("lora_linear", "_adapter_kernel", "*fp32 *fp32 *{0} *{0} i32 i32 i32 i32 i32 i32 fp32 i32 i32",
+     {"RANK": 16, "PAD": 64, "ROWS": 64, "BLOCK": 1024}),
     ("rms_norm", "_forward_kernel", "*{0} *{0} *{0} *{0} *{0} *fp32 i32 i32 fp32", {"BLOCK_D": 4096}),
     ("rms_norm", "_backward_kernel", "*{0} *{0} *fp32 *{0} *{0} *{0} *{0} i32 i32 i32", {"BLOCK_D": 4096}),
-    ("rms_norm", "_weight_backward_kernel", "*{0} *{0} *fp32 *{0} *{0} *fp32 i32 i32 i32 i32", {"BLOCK_D": 4096}),
+    ("rms_norm", "_weight_backward_kernel", "*{0} *{0} *fp32 *{0} *{0} *fp32 i32 i32 i32", {"ROWS": 32, "BLOCK_D": 4096}),
+    ("linear_cross_entropy", "_logprob_kernel", "*{0} *i64 *fp32 *fp32 i32 i32 i32",
+     {"V": 128256, "IGNORE": -100, "BLOCK": 8192, "WRITE_GRADIENT": True}),
 ]  # fmt: skip
 
 
