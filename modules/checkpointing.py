@@ -77,11 +77,11 @@ class Checkpointing:
         if index == 0:
             self.last = None
 
-        # Not stopped early, by an exception amid the block's last op: it would save one addition, and is lost (a SystemError) where
-        # CUDA's allocations are recorded.
         def recompute(h: Tensor) -> Tensor:  # the tables and masks in `args` are shared by all blocks: not saved again
             return block(h, *args)
 
+        # Not stopped early, by an exception amid the block's last op: it would save one addition, and is lost (a SystemError) where
+        # CUDA's allocations are recorded.
         options = {"use_reentrant": False, "early_stop": False, "preserve_rng_state": block.draws}
         if not self.offload:
             return checkpoint(recompute, h, **options)

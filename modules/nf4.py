@@ -5,9 +5,8 @@ Each block is scaled by its largest magnitude, and those scales are themselves s
 around one mean per tensor ("double quantisation"): 4.13 bits per weight.
 
 The tensor type and the encoder are torchao's `NF4Tensor`; beside torchft/optim.py and optimizer_state.py, which take its
-8-bit AdamW, this is the only file that imports torchao. Decoding is ours,
-bitwise equal to torchao's `get_original_weight` but without its int64 index of the whole tensor: the only dense
-temporary is the decoded weight itself. Left out: training an NF4 weight, other block sizes.
+8-bit AdamW, this is the only file that imports torchao. Decoding is ours, bitwise equal to torchao's `get_original_weight`
+but without its int64 index of the whole tensor: the only dense temporary is the decoded weight itself. Left out: training an NF4 weight, other block sizes.
 """
 
 import functools

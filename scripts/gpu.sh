@@ -15,6 +15,6 @@ for case in "$@"; do
   python3 scripts/bench_recipe.py --case "$case" "${baseline[@]}" --timeout "${CASE_TIMEOUT:-120}" --records "$out/records.jsonl" 2>&1 |
     tee "$out/$case.log" | tail -n 1
 done
-timeout "${GPU_TEST_TIMEOUT:-150}" python3 -m pytest -q -m gpu -p no:cacheprovider tests >"$out/gpu_tests.log" 2>&1
+timeout "${GPU_TEST_TIMEOUT:-400}" python3 -m pytest -q -m gpu -n "${GPU_TEST_WORKERS:-3}" -p no:cacheprovider tests >"$out/gpu_tests.log" 2>&1
 wait
 tail -n 8 "$out/gpu_tests.log" "$out/cpu_tests.log"

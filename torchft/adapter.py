@@ -23,7 +23,7 @@ from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import nf4
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
-from torchft.modules.sharding import cut, local, place, whole
+from torchft.modules.sharding import cut, gathered, local, place, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
 from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter
@@ -121,9 +121,10 @@ def save_adapter(
     # PEFT has no field for how the base was stored, but merging must know what the adapter was trained on.
     base_dtype = str(next(iter(layers.values())).weight.dtype).removeprefix("torch.")
     metadata = {"format": "pt", "base_dtype": base_dtype, "base_quantization": "nf4" if quantized else "none"}
-    tensors = {PREFIX + name: _on_cpu(param) for name, param in adapter_tensors(model).items()}
+    tensors = {PREFIX + name: gathered(param.detach()) for name, param in adapter_tensors(model).items()}
     if rank() > 0:
         return
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}  # a tied weight twice: no shared memory
     with export_directory(Path(path), replace=replace_existing) as folder:
         write_bytes(folder / WEIGHTS, safetensors_bytes(tensors, metadata))
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())

@@ -10,7 +10,6 @@ altogether is said. Left out: fused blocks for full fine-tuning, whose weights a
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from torchft.checks import KERNELS
 from torchft.modules.compiler import missing_compiler
@@ -69,14 +68,13 @@ def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
 
 def _why_not(model: CausalLM) -> str:
     """Why the blocks of this model cannot be FusedBlocks, or ""."""
-    linears = [module for block in model.model.layers for module in block.modules() if isinstance(module, nn.Linear)]
-    adapted = [module for module in linears if isinstance(module, LoRALinear)]
-    if not adapted or any(p.requires_grad for block in model.model.layers for name, p in block.named_parameters() if ".lora_" not in name):
+    layers = model.model.layers
+    adapted = [module for module in layers.modules() if isinstance(module, LoRALinear)]
+    own = [param for name, param in layers.named_parameters() if ".lora_" not in name]
+    if not adapted or any(param.requires_grad for param in own):
         return "their own weights are trained"
     if any(layer.lora_magnitude_vector is not None for layer in adapted):
         return "DoRA rescales every output"
     if any(layer.dropout > 0 for layer in adapted):
         return "lora.dropout acts between the products that are folded"
     return ""
-
-

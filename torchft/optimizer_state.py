@@ -2,8 +2,7 @@
 
 Optimizer tensors are named <parameter>/<state>, such as "model.layers.0.self_attn.q_proj.lora_A.weight/exp_avg",
 whatever the order of the parameters; torchao's 8-bit states are taken apart into /codes, /scale and /qmap (torchao
-optim/subclass_8bit.py). Of a parameter that is divided over
-processes, the states are gathered and cut again.
+optim/subclass_8bit.py). Of a parameter that is divided over processes, the states are gathered and cut again.
 """
 
 import random

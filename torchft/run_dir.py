@@ -78,7 +78,7 @@ def _best_checkpoint(out: Path, say: Callable[[str], None]) -> tuple[float, Path
 def prune(out: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints and the best.
 
-    Damaged ones do not count as kept, and stay for the user to look at.
+    Damaged ones do not count as kept, and stay for the user to look at. Files are told by their sizes here, not read again.
     """
     complete = _complete(out)
     best = min((pair for pair in complete if pair[1] is not None), key=itemgetter(1), default=(None, None))[0]

@@ -89,7 +89,8 @@ def random_weights(model: CausalLM, *, seed: int, device: torch.device | str, dt
             # 32 bits of seed and name: more would be cut off in silence by the CPU's generator.
             generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             value.normal_(std=model.config.initializer_range, generator=generator)
-        slot.fill(value[slot.rows()])
+        rows = slot.rows()
+        slot.fill(value if len(value) == rows.stop - rows.start else value[rows].clone())  # a view would keep all of it alive
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Slot:
         if self.is_nf4():
             filled = cut(nf4.to_nf4(value), self.param)
         else:
-            filled = divided_like(value.clone() if value._is_view() else value, self.param)
+            filled = divided_like(value, self.param)
         assert filled.shape == self.param.shape, (filled.shape, self.param.shape)
         filled = nn.Parameter(filled, requires_grad=self.param.requires_grad)
         for module, leaf in self.owners:
