@@ -19,6 +19,7 @@ Left out: tensors in other dtypes, several tensors in one launch.
 Legend: N elements of the part of the tensor that is at hand, the first of which is element `first` of the whole.
 """
 
+import struct
 from typing import NamedTuple
 
 import torch
@@ -156,7 +157,8 @@ def _eager(tensors: tuple[Tensor, ...], step: Tensor, rule: Rule, place: tuple[i
 
 
 def _fp32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float32).item()
+    """Rounded to fp32."""
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def _scalars(rule: Rule) -> list[float]:
