@@ -42,14 +42,18 @@ SDPA_PRIORITY = [
 
 
 class LayerCache:
-    """Keys and values of one layer, for the tokens so far: two (B, K, S, E) buffers filled from the left."""
+    """Keys and values of one layer, for the tokens so far: two (B, K, S, E) buffers filled from the left.
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    They are made when the first tokens come, in the dtype that the model computes in, which need not be its weights'.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.shape = shape
 
     def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, E) at columns start .. start + T; returns all columns so far, (B, K, start + T, E) twice."""
+        if start == 0:
+            self.keys, self.values = k.new_empty(self.shape), v.new_empty(self.shape)
         end = start + k.shape[2]
         self.keys[:, :, start:end] = k
         self.values[:, :, start:end] = v

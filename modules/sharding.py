@@ -42,20 +42,28 @@ class ShardReport:
         return line
 
 
-def shard_model(model: CausalLM, mesh: DeviceMesh, *, base_whole: bool) -> ShardReport:
+def shard_model(
+    model: CausalLM, mesh: DeviceMesh, *, base_whole: bool = False, compute_dtype: torch.dtype | None = None
+) -> ShardReport:
     """Divide a model on meta over `mesh`, block by block; `model` itself holds embedding, last norm and head.
 
     Args:
         mesh: one dimension of processes that share the rows of a weight, or two, (copies, parts).
         base_whole: frozen parameters stay whole on every process, and only what is trained is divided: nothing of the base
             travels, at the price of its memory.
+        compute_dtype: of gathered weights, for a model that keeps its own in fp32; gradients are summed in fp32 over the
+            processes. None: everything is computed in the weights' own dtypes.
     """
-    from torch.distributed.fsdp import fully_shard  # here: its import takes half a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: its import takes half a second
 
     parts = mesh.size(mesh.ndim - 1)
     frozen = {name: param for name, param in model.named_parameters() if not param.requires_grad}
     kept = frozen if base_whole else {name: p for name, p in frozen.items() if _cannot_divide(p, parts)}
     options = {"mesh": mesh, "ignored_params": set(kept.values()), "reshard_after_forward": not base_whole}
+    if compute_dtype is not None:
+        # RoPE's tables, which come as inputs, must stay in fp32: see modules/rope.py
+        mixed = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        options["mp_policy"] = MixedPrecisionPolicy(**mixed)
     for block in model.model.layers:
         block.base_stays = base_whole
         fully_shard(block, **options)

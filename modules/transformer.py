@@ -60,11 +60,9 @@ class KVCache:
     Rows of different lengths are padded on the left, with documents telling padding from text.
     """
 
-    def __init__(
-        self, config: TransformerConfig, batch_size: int, max_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: TransformerConfig, batch_size: int, max_tokens: int, device: torch.device) -> None:
         shape = (batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
-        self.layers = [LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.layers = [LayerCache(shape) for _ in range(config.num_hidden_layers)]
         self.documents = torch.zeros(batch_size, max_tokens, dtype=torch.int32, device=device)
         self.length = 0  # columns filled
 

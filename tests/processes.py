@@ -1,5 +1,7 @@
 """Several processes of a run on this machine, forked from the test, so that none of them imports torch again."""
 
+import faulthandler
+import gc
 import multiprocessing
 import os
 import socket
@@ -10,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+PATIENCE = 120  # seconds
+
 
 def run_processes(count: int, work: Callable[[int], None], folder: Path) -> list[int]:
     """`work(rank)` on `count` processes with torchrun's variables set; their exit codes, by rank.
 
-    Tracebacks go to folder/rank_<n>.txt. All that still run after 120 s are killed. The test must not have compiled
+    Tracebacks go to folder/rank_<n>.txt; all that still run after PATIENCE are killed, and where they stood goes to
+    folder/rank_<n>_stacks.txt. The test must not have compiled
     anything before: a fork does not survive the compiler's workers.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +30,7 @@ def run_processes(count: int, work: Callable[[int], None], folder: Path) -> list
     children = [context.Process(target=_child, args=(rank, count, port, work, folder)) for rank in range(count)]
     for child in children:
         child.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     for child in children:
         child.join(max(0.0, deadline - time.monotonic()))
         child.kill() if child.is_alive() else None
@@ -37,6 +42,7 @@ def fork(action: Callable[[], int | None]) -> int:
     """Exit code of `action` in a child, which is what it returns; negative for a signal, 1 where it raises."""
     child = os.fork()
     if child == 0:
+        gc.freeze()  # as in _child
         try:
             os._exit(action() or 0)
         except BaseException as error:  # else the child would go on as a second pytest
@@ -46,6 +52,10 @@ def fork(action: Callable[[], int | None]) -> int:
 
 
 def _child(rank: int, count: int, port: int, work: Callable[[int], None], folder: Path) -> None:
+    # What the parent left behind is not collected here: the destructor of a gloo group waits for threads that a fork lacks.
+    gc.freeze()
+    stacks = open(folder / f"rank_{rank}_stacks.txt", "w")  # noqa: SIM115  (open as long as the process)
+    faulthandler.dump_traceback_later(PATIENCE - 10, file=stacks)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -57,5 +67,5 @@ def _child(rank: int, count: int, port: int, work: Callable[[int], None], folder
 
 
 def problems(folder: Path) -> str:
-    """What the processes raised."""
+    """What the processes raised, and where those stood that had to be killed."""
     return "\n".join(path.read_text() for path in sorted(folder.glob("rank_*.txt")))

@@ -9,7 +9,7 @@ import yaml
 from some_config import Config
 
 from torchft.config import ASSETS
-from torchft.dry_run import GIB, frozen_bytes
+from torchft.dry_run import GIB, TRAINED_BYTES, frozen_bytes
 from torchft.models import build_model, llama, mistral, qwen2, qwen3, read_config
 from torchft.modules.lora import LoraSpec, add_lora, trainable_parameters
 from torchft.modules.nf4 import quantize_nf4
@@ -29,6 +29,7 @@ ROWS = {  # <family>/<size> -> its row in the family's table of sizes
     "qwen3": {f"{n}B": f"Qwen3-{n}B" for n in ("0.6", "1.7", "4", "8", "14", "32")},
 }
 SIZED = [f"{family}/{size}" for family, sizes in ROWS.items() for size in sizes]
+WHOLE = [name for name in config_names() if name.endswith("_full")]  # of the sizes whose weights people train all
 
 
 def options(name: str) -> Config:
@@ -41,10 +42,13 @@ def header(name: str) -> list[str]:
 
 
 def test_both_methods_of_every_size_are_there():
-    assert set(config_names()) == {f"{size}_{method}" for size in SIZED for method in ("lora", "qlora")} | {
+    assert set(config_names()) - set(WHOLE) == {f"{size}_{method}" for size in SIZED for method in ("lora", "qlora")} | {
         "tiny/lora",
         "tiny/qlora",
+        "tiny/full",
     }
+    assert {"llama3_1/8B_full", "llama3_1/70B_full", "qwen3/8B_full"} <= set(WHOLE)
+    assert {name.removesuffix("_full") for name in WHOLE} <= set(SIZED)
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -62,7 +66,7 @@ def test_a_config_is_short_and_holds_only_differences(name):
 @pytest.mark.parametrize("name", config_names())
 def test_the_commands_in_a_header_name_this_config_and_its_model(name):
     text, cfg = "\n".join(header(name)), options(name)
-    run = re.search(r"#   tune run (\S+) --config (\S+)", text)
+    run = re.search(r"#   tune run (?:--nproc_per_node \d+ )?(\S+) --config (\S+)", text)
     assert run[2] == name and run[1] in recipe_names() and name in configs_for(run[1])
     if not name.startswith("tiny/"):
         assert f"#   tune download {cfg.model.path}\n" in text
@@ -94,6 +98,17 @@ def test_the_model_of_a_config_builds_on_meta_with_adapters(size):
     assert len(quantize_nf4(one_layer).quantized) == 7
     saved = before - frozen_bytes(one_layer, quantized.model.dtype)
     assert said_gib(f"{size}_qlora") == pytest.approx((dense - saved * row["num_hidden_layers"]) / GIB, abs=0.051)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_config_for_all_weights_says_what_they_take(name):
+    family, _, rest = name.partition("/")
+    row, cfg = SIZES[ROWS[family][rest.removesuffix("_full")]], options(name)
+    with torch.device("meta"):
+        weights = sum(param.numel() for param in build_model(row).parameters())
+    stated = re.search(r"gradients and moments: ([\d,.]+) GiB", header(name)[0])[1]
+    assert float(stated.replace(",", "")) == pytest.approx(weights * TRAINED_BYTES / GIB, abs=0.051)
+    assert cfg.data.max_seq_len <= row["max_position_embeddings"]
 
 
 @pytest.mark.parametrize("name", ["tiny/lora", "tiny/qlora"])

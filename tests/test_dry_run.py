@@ -37,7 +37,7 @@ def test_validate_checks_everything_and_loads_no_weight(workplace, capsys):
     Path("model/model.safetensors").unlink()
     cli.main(["validate", "c.yaml"])
     out = capsys.readouterr().out
-    assert out.startswith("config  ok: c.yaml\n")
+    assert out.startswith("config  ok: c.yaml, for lora_single_device\n")
     assert re.search(rf"^data    ok: {FIRST_ROWS} examples, {FIRST_ROWS} held out$", out, re.MULTILINE)
     total, trained = (
         int(n.replace(",", "")) for n in re.search(r"model   ok: ([\d,]+) .* ([\d,]+) of them", out).groups()
@@ -49,6 +49,25 @@ def test_validate_checks_everything_and_loads_no_weight(workplace, capsys):
     assert trained == 4 * shape.num_hidden_layers * (attention + feed_forward) < total  # rank 4
     assert "disk    ok" in out and "MiB for frozen weights" in out
     assert re.search(r" for what is trained; activations come on top$", out, re.MULTILINE)
+
+
+def test_validate_of_a_model_trained_whole(workplace, capsys):
+    """By the end of the config's name, or by --recipe; adapters are not among its options."""
+    Path("my_full.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl, valid: valid.jsonl}\n")
+    shutil.copy("my_full.yaml", "mine.yaml")
+    shape = model_config(read_config("model"))
+    with torch.device("meta"):
+        total = sum(param.numel() for param in build_model(read_config("model")).parameters())
+    for arguments in (["my_full.yaml"], ["mine.yaml", "--recipe", "full_finetune_single_device"]):
+        cli.main(["validate", *arguments])
+        out = capsys.readouterr().out
+        assert out.startswith(f"config  ok: {arguments[0]}, for full_finetune_distributed\n")
+        assert f"model   ok: {total:,} parameters, {total:,} of them trained" in out
+        assert f"0.0 MiB for frozen weights, {16 * total / 2**20:.1f} MiB for what is trained" in out
+    assert shape.tie_word_embeddings and "LoRA" not in out
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "my_full.yaml", "lora.rank=4"])
+    assert "lora.rank is not an option" in capsys.readouterr().err
 
 
 def test_validate_of_nf4_counts_fewer_bytes(workplace, capsys):
@@ -110,9 +129,9 @@ def test_validate_says_which_checkpoint_is_continued_and_who_takes_a_division(wo
     cli.main(["validate", "c.yaml", "run.resume=auto", "model.shard=4"])
     lines = capsys.readouterr().out.splitlines()
     assert "resume: no usable checkpoint in out, starting from the beginning" in lines
-    assert "        model.shard=4: for lora_distributed alone, on a number of processes that 4 divides" in lines
+    assert "        model.shard=4: for recipes on several processes alone, on a number of processes that 4 divides" in lines
     cli.main(["validate", "c.yaml", "model.shard=all"])
-    assert "        model.shard=all: for lora_distributed alone\n" in capsys.readouterr().out
+    assert "        model.shard=all: for recipes on several processes alone\n" in capsys.readouterr().out
 
 
 def test_validate_refuses_a_damaged_model_config(workplace, capsys):

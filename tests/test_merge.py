@@ -22,7 +22,7 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from torchft import merge as merge_module
+from torchft import model_dir
 from torchft.adapter import attach_adapter, load_adapter, save_adapter
 from torchft.export import safetensors_bytes, save_safetensors
 from torchft.hf_checkpoint import INDEX, SINGLE
@@ -167,7 +167,7 @@ def test_at_most_one_shard_is_held(base: Path, tmp_path: Path, monkeypatch: pyte
         alive.extend(weakref.ref(tensor) for tensor in tensors.values())
         save_safetensors(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(merge_module, "save_safetensors", watched)
+    monkeypatch.setattr(model_dir, "save_safetensors", watched)
     adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
     merge(base, adapter, tmp_path / "merged", max_shard_bytes=200_000)
     assert len(counts) >= 5 and set(counts) == {0}

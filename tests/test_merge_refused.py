@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tiny_models import load_with_adapter, make_adapter, make_base
 
 from torchft import merge as merge_module
+from torchft import model_dir
 from torchft.adapter import WEIGHTS, save_adapter
 from torchft.errors import UserError
 from torchft.merge import merge
@@ -75,7 +76,7 @@ def test_a_written_tensor_that_reads_back_otherwise_is_refused(
         content[-1] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(merge_module, "save_safetensors", failing_disk)
+    monkeypatch.setattr(model_dir, "save_safetensors", failing_disk)
     adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
     with pytest.raises(UserError, match="is not what was written; the disk may be failing"):
         merge(base, adapter, tmp_path / "merged")
@@ -94,7 +95,7 @@ def test_logits_that_differ_are_refused(base: Path, tmp_path: Path, monkeypatch:
 def test_logits_are_not_compared_where_memory_is_short_and_that_is_said(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_module, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(merge_module, "available_memory", lambda: 1000)
     adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
     report = merge(base, adapter, tmp_path / "merged")
     assert report.logit_error is None and "logits were NOT compared" in str(report)

@@ -129,7 +129,7 @@ def save_adapter(
         write_bytes(folder / WEIGHTS, safetensors_bytes(tensors, metadata))
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
-            _save_text(folder, tokenizer, template, Path(base_path))
+            save_text(folder, tokenizer, template, Path(base_path))
 
 
 def _on_cpu(param: nn.Parameter) -> Tensor:
@@ -137,8 +137,8 @@ def _on_cpu(param: nn.Parameter) -> Tensor:
     return whole(param.detach()).to("cpu", copy=True)
 
 
-def _save_text(folder: Path, tokenizer: "Tokenizer", template: "ChatTemplate | None", base: Path) -> None:
-    """The tokenizer and the chat template, unless both are those of the base model."""
+def save_text(folder: Path, tokenizer: "Tokenizer", template: "ChatTemplate | None", base: Path) -> None:
+    """Write the tokenizer and the chat template into `folder`, unless both are those of the base model."""
     chosen = template is not None and template.source != tokenizer.chat_template
     if tokenizer.added or chosen or tokenizer.path.resolve() != base.resolve():
         tokenizer.save(folder)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from torchft.errors import UserError
 
 MANIFEST = "manifest.json"
+HASHING_THREADS = 8  # one reads and hashes about 1.5 GB/s: a model trained whole has 12 bytes per parameter
 
 
 @contextmanager
@@ -59,10 +61,13 @@ def _check_free_space(folder: Path, needed_bytes: int) -> None:
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Fsync every file, list them, and write the list last, so that a directory with a manifest is complete."""
-    files = {}
-    for path in sorted(folder.iterdir()):
+    paths = sorted(folder.iterdir())
+    for path in paths:
         fsync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        digests = list(pool.map(_sha256, paths))
+    sizes = [path.stat().st_size for path in paths]
+    files = {path.name: {"size": n, "sha256": sha} for path, n, sha in zip(paths, sizes, digests, strict=True)}
     content = facts | {"files": files}
     write_bytes(folder / MANIFEST, _manifest_text(content).encode())
     fsync(folder)
@@ -102,8 +107,9 @@ def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         for name in sorted(present ^ set(manifest["files"])):
             raise UserError(f"{folder / name} is {'not in the manifest' if name in present else 'missing'}")
-        for name, expected in manifest["files"].items():
-            _verify_file(folder / name, expected, hashes)
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            for _ in pool.map(lambda item: _verify_file(folder / item[0], item[1], hashes), manifest["files"].items()):
+                pass  # the first one that fails raises here
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
     return manifest

@@ -8,7 +8,7 @@
 
 The base weights are not in it: they are read from the model directory again. Nothing is pickled. A kill loses at most
 `run.save_every` steps. On several processes the first one writes and reads, tensors are whole in the files, and so a
-run may go on with another number of them. Left out: saving in parts, as models trained whole need it, and in the background.
+run may go on with another number of them. Left out: models trained whole, which are saved in parts (parts.py).
 """
 
 import json
@@ -42,6 +42,7 @@ MAY_CHANGE = re.compile(
 )
 MUST_STAY = ("optim.name", "run.seed", "run.global_batch_size")
 TENSOR_FILES = ("params", "optimizer", "rng")
+RNG_FILE, STATE_FILE = "rng.safetensors", "state.json"
 NOT_SAID = ("run.resume",)  # differs whenever a run is continued
 
 
@@ -64,36 +65,62 @@ def save_checkpoint(
     """
     out = Path(out)
     optimizer_tensors, signed = flatten_optimizer(optimizer, params)
-    generators = from_all(get_rng_state())
+    generators, numbers = all_generators()
     files = {
         "params.safetensors": {plain_name(name): gathered(param.detach()) for name, param in params.items()},
         "optimizer.safetensors": optimizer_tensors,
-        "rng.safetensors": {f"{n}/{name}": state for n, (states, _) in enumerate(generators) for name, state in states.items()},
+        RNG_FILE: generators,
     }
-    values = {
-        "state": state,
-        "config": redact(config),
-        "optimizer": type(optimizer).__name__,
-        "signed": signed,
-        "rng": [numbers for _, numbers in generators],
-    }
-    finite = valid_loss is not None and math.isfinite(valid_loss)
-    facts = {"format": FORMAT, "step": step, "valid_loss": valid_loss if finite else None}
+    values = state_values(state, config, optimizer) | {"signed": signed, "rng": numbers}
+    facts = manifest_facts(FORMAT, step, valid_loss)
     # The other processes wait here, however slow the disk is, and not in a collective of their GPUs, which would time out.
     return from_main(lambda: _write_checkpoint(out, files, values, facts, keep_last))
+
+
+def all_generators() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The random states of all processes: tensors named <rank>/<generator>, and by rank what JSON holds."""
+    states = from_all(get_rng_state())
+    tensors = {f"{n}/{name}": tensor for n, (held, _) in enumerate(states) for name, tensor in held.items()}
+    return tensors, [numbers for _, numbers in states]
+
+
+def restore_generators(tensors: dict[str, Tensor], numbers: list[dict[str, Any]], step: int) -> None:
+    """This process's random states; of another number of processes, dropout masks that no step so far has had."""
+    if len(numbers) != world_size():
+        torch.manual_seed((torch.initial_seed() + 1_000_003 * step) % 2**63)
+        return
+    mine = f"{rank()}/"
+    states = {name.removeprefix(mine): tensor for name, tensor in tensors.items() if name.startswith(mine)}
+    set_rng_state(states, numbers[rank()])
+
+
+def state_values(state: dict[str, Any], config: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What state.json holds in every kind of checkpoint."""
+    return {"state": state, "config": redact(config), "optimizer": type(optimizer).__name__}
+
+
+def manifest_facts(form: str, step: int, valid_loss: float | None) -> dict[str, Any]:
+    """What manifest.json says beside its files."""
+    finite = valid_loss is not None and math.isfinite(valid_loss)
+    return {"format": form, "step": step, "valid_loss": valid_loss if finite else None}
+
+
+def state_text(values: dict[str, Any]) -> bytes:
+    """state.json as it is written."""
+    return json.dumps(values, indent=1, allow_nan=False).encode()
 
 
 def _write_checkpoint(
     out: Path, files: dict[str, dict[str, Tensor]], values: dict[str, Any], facts: dict[str, Any], keep_last: int
 ) -> Path:
-    text = json.dumps(values, indent=1, allow_nan=False).encode()
+    text = state_text(values)
     needed_bytes = len(text) + sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     remove_leftovers(out)
     final = checkpoint_path(out, facts["step"])
     with atomic_directory(final, facts, needed_bytes) as folder:
         for name, tensors in files.items():
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
-        write_bytes(folder / "state.json", text)
+        write_bytes(folder / STATE_FILE, text)
     verify_checkpoint(final)
     prune(out, keep_last)
     return final
@@ -113,8 +140,22 @@ def load_checkpoint(
     has been changed then.
     """
     path = Path(path)
-    step, values = from_main(lambda: (verify_checkpoint(path)["step"], _read_state(path)))
+    step, values = from_main(lambda: (verify_checkpoint(path, form=FORMAT)["step"], read_state(path)))
     tensors = {name: tensors_from_main(lambda: _read_tensors(path / f"{name}.safetensors")) for name in TENSOR_FILES}  # noqa: B023
+    check_same_run(path, values, optimizer, unchanged)
+    check_params(path, tensors["params"], {plain_name(name): param for name, param in params.items()})
+    unflatten_optimizer(optimizer, params, tensors["optimizer"], values["signed"])
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(cut(tensors["params"][plain_name(name)], param))
+    restore_generators(tensors["rng"], values["rng"], step)
+    return values["state"] | {"step": step}
+
+
+def check_same_run(
+    path: Path, values: dict[str, Any], optimizer: torch.optim.Optimizer, unchanged: dict[str, Any]
+) -> None:
+    """Raises UserError where state.json (`values`) is that of another run: other data, another optimizer."""
     for name, now in unchanged.items():
         then = values["state"].get(name)
         if then != now:
@@ -124,25 +165,13 @@ def load_checkpoint(
             )
     if values["optimizer"] != type(optimizer).__name__:
         raise UserError(f"{path} was saved with the optimizer {values['optimizer']}: optim.name must stay what it was")
-    _check_params(path, tensors["params"], {plain_name(name): param for name, param in params.items()})
-    unflatten_optimizer(optimizer, params, tensors["optimizer"], values["signed"])
-    with torch.no_grad():
-        for name, param in params.items():
-            param.copy_(cut(tensors["params"][plain_name(name)], param))
-    if len(values["rng"]) == world_size():
-        mine = f"{rank()}/"
-        states = {name.removeprefix(mine): state for name, state in tensors["rng"].items() if name.startswith(mine)}
-        set_rng_state(states, values["rng"][rank()])
-    else:  # dropout masks that no step so far has had
-        torch.manual_seed((torch.initial_seed() + 1_000_003 * step) % 2**63)
-    return values["state"] | {"step": step}
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "state.json").read_bytes())
+        return json.loads((path / STATE_FILE).read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'state.json'} cannot be read: {error}") from None
+        raise UserError(f"{path / STATE_FILE} cannot be read: {error}") from None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -153,8 +182,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _check_params(path: Path, saved: dict[str, Tensor], params: dict[str, nn.Parameter]) -> None:
-    """The same names, shapes and dtypes on both sides."""
+def check_params(path: Path, saved: dict[str, Tensor], params: dict[str, nn.Parameter]) -> None:
+    """Raises UserError unless both sides have the same names, shapes and dtypes; `saved` may be on meta."""
     for name in sorted(saved.keys() ^ params.keys()):
         where = "trained now but not in the checkpoint" if name in params else "in the checkpoint but not trained now"
         raise UserError(f"{path}: parameter {name} is {where}")
@@ -201,7 +230,7 @@ def _find_checkpoint(out: Path, resume: str, config: dict[str, Any], say: Callab
 
 def _continue_from(path: Path, manifest: dict[str, Any], config: dict[str, Any], say: Callable[[str], None]) -> Path:
     """Say what changed since `path` was saved, or refuse it."""
-    changed = _differences(_read_state(path)["config"], redact(config))
+    changed = _differences(read_state(path)["config"], redact(config))
     refused = {key: pair for key, pair in changed.items() if key in MUST_STAY or not MAY_CHANGE.fullmatch(key)}
     if refused:
         lines = "".join(f"\n  {key}: {then!r} then, {now!r} now" for key, (then, now) in refused.items())

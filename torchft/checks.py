@@ -177,6 +177,8 @@ def check_pairs(values: dict[str, Any]) -> Problems:
     need_validation = "needs held-out rows; set data.valid or data.valid_fraction, or"
     clashing = sorted(set(values.get("lora.target_modules", [])) & set(values.get("lora.modules_to_save", [])))
     rules = [
+        ("lora.rank" not in values and values.get("model.quantize", "none") != "none", "model.quantize",
+         "stores weights that are not trained, and this recipe trains them all; set model.quantize=none, or use a lora recipe"),
         (values.get("data.train") == [], "data.train", "is empty; name a file: data.train=rows.jsonl"),
         (values.get("data.valid") and values.get("data.valid_fraction", 0.0) > 0.0, "data.valid_fraction",
          "and data.valid both give held-out rows; keep one of them"),

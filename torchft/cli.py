@@ -127,6 +127,7 @@ def _dry_run_commands(commands: Commands) -> None:
     summary = "check config, data and model shapes without loading weights"
     validate = _command(commands, "validate", _validate, summary, "tune validate tiny/lora optim.lr=1e-3")
     summary = "report what becomes of a config's data, with coloured examples"
+    validate.add_argument("--recipe", default="", help="that the config is for (default: by the end of its name)")
     data = _command(commands, "data", _data, summary, "tune data tiny/lora --examples 2")
     data.add_argument("--examples", type=int, default=3, metavar="N", help="training examples to print (default: 3)")
     for parser in (validate, data):
@@ -236,7 +237,7 @@ def _download(args: argparse.Namespace) -> None:
 def _validate(args: argparse.Namespace) -> None:
     from torchft.dry_run import validate
 
-    validate(args.config, args.overrides)
+    validate(args.config, args.overrides, args.recipe)
 
 
 def _data(args: argparse.Namespace) -> None:

@@ -78,19 +78,24 @@ def leave_processes() -> None:
 _host_group: list[dist.ProcessGroup] = []  # one, between join_processes and leave_processes
 
 
-def divide(model: CausalLM, cfg: ModelConfig, device: torch.device) -> ShardReport:
+def divide(
+    model: CausalLM, cfg: ModelConfig, device: torch.device, compute_dtype: torch.dtype | None = None
+) -> ShardReport:
     """Divide a model on meta as `model.shard` says: over all processes, over groups of n of them, or by what fits.
 
     auto: a frozen base that takes at most 40% of the GPU stays whole on each process, else (and on CPUs, which share one
-    memory) it is divided over all.
+    memory, and where all is trained) it is divided over all. `compute_dtype`: see shard_model.
     """
     world = world_size()
     parts = int(cfg.shard) if cfg.shard.isdecimal() else world
-    base_whole = parts == 1 or (cfg.shard == "auto" and device.type == "cuda" and _fits(model, cfg, device))
-    base_whole = not highest(int(not base_whole))  # GPUs of two sizes: one answer
-    parts = world if base_whole else parts
+    base_whole = False
+    if not all(param.requires_grad for param in model.parameters()):
+        base_whole = parts == 1 or (cfg.shard == "auto" and device.type == "cuda" and _fits(model, cfg, device))
+        base_whole = not highest(int(not base_whole))  # GPUs of two sizes: one answer
+        parts = world if base_whole else parts
     shape, names = ((world,), ("shard",)) if parts == world else ((world // parts, parts), ("copies", "shard"))
-    return shard_model(model, init_device_mesh(device.type, shape, mesh_dim_names=names), base_whole=base_whole)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return shard_model(model, mesh, base_whole=base_whole, compute_dtype=compute_dtype)
 
 
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:

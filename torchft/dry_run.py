@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torchft.checks import counted
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.errors import UserError
+from torchft.names import find_recipe, recipe_for
 from torchft.parse import read_config
 
 if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wait for
@@ -32,30 +33,44 @@ SAVED_BYTES = 3 * 4  # per trained parameter and checkpoint: the same without th
 
 
 @dataclass
-class Options:
-    """The groups that the recipes share; a field of a recipe's own is not checked here but when the recipe starts."""
+class WholeOptions:
+    """The groups that all recipes share; a field of a recipe's own is not checked here but when the recipe starts."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraOptions = field(default_factory=LoraOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def validate(config: str, overrides: list[str]) -> None:
-    """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails."""
-    cfg = read_config(Options, config, overrides)
-    print(f"config  ok: {config}", flush=True)  # up to here without torch: a typo is found in a moment
+@dataclass
+class Options(WholeOptions):
+    """Those of the recipes that train adapters."""
+
+    lora: LoraOptions = field(default_factory=LoraOptions)
+
+
+def validate(config: str, overrides: list[str], recipe: str = "") -> None:
+    """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails.
+
+    `recipe`: a shipped one, or torchtune's name for it; "" is the one that the config's name ends for.
+    """
+    recipe = find_recipe(recipe).stem if recipe else recipe_for(config)
+    cfg = read_config(_options_of(recipe), config, overrides)
+    print(f"config  ok: {config}, for {recipe}", flush=True)  # up to here without torch: a typo is found in a moment
     check_machine(cfg)
     tokenizer, *datasets = check_data(cfg)
     check_model(cfg, tokenizer, *datasets)
+
+
+def _options_of(recipe: str) -> type[WholeOptions]:
+    return WholeOptions if recipe.startswith("full_") else Options
 
 
 def show_data(config: str, overrides: list[str], examples: int) -> None:
     """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour."""
     from torchft.data.report import render_example, report, wants_color
 
-    cfg = read_config(Options, config, overrides, training=False)
+    cfg = read_config(_options_of(recipe_for(config)), config, overrides, training=False)
     tokenizer, loader, valid = load_data(cfg)
     print(report(loader.dataset, loader))
     if valid is not None:
@@ -64,7 +79,7 @@ def show_data(config: str, overrides: list[str], examples: int) -> None:
         print("\n" + render_example(loader.dataset, index, tokenizer, color=wants_color(sys.stdout)))
 
 
-def load_data(cfg: Options) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
+def load_data(cfg: WholeOptions) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
     """(tokenizer, loader of the training data, validation data or None), as a recipe makes them."""
     from torchft.adapter import tokenizer_folder
     from torchft.data.chat_template import load_template
@@ -72,14 +87,15 @@ def load_data(cfg: Options) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), cfg.lora.adapter))
-    template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
+    lora = cfg.lora if isinstance(cfg, Options) else LoraOptions()
+    tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), lora.adapter))
+    template = load_template(cfg.data.chat_template, tokenizer, lora.new_tokens)
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed)
     loader = Loader(train, cfg.data, cfg.run)
     return tokenizer, loader, valid
 
 
-def check_machine(cfg: Options) -> None:
+def check_machine(cfg: WholeOptions) -> None:
     """Finds the checkpoint to continue from, which is said, and the compiler that some options need, as a recipe does."""
     import torch
 
@@ -91,7 +107,7 @@ def check_machine(cfg: Options) -> None:
         build_optimizer({"any": torch.nn.Parameter(torch.zeros(1, device=_device()))}, cfg.optim)
 
 
-def check_data(cfg: Options) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
+def check_data(cfg: WholeOptions) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
     """Tokenises all data and prints what the run would read. Returns (tokenizer, training data, validation data)."""
     tokenizer, loader, valid = load_data(cfg)
     held_out = 0 if valid is None else len(valid)
@@ -100,7 +116,7 @@ def check_data(cfg: Options) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
     return tokenizer, loader.dataset, valid
 
 
-def check_model(cfg: Options, tokenizer: "Tokenizer", *datasets: "Dataset | None") -> None:
+def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset | None") -> None:
     """Builds the model on meta and prints its parameters, what is trained, and the memory and disk that they take.
 
     Raises UserError also if the model has no row for an id of the data, or cannot be compiled as the config wants.
@@ -122,8 +138,9 @@ def check_model(cfg: Options, tokenizer: "Tokenizer", *datasets: "Dataset | None
     print(f"model   ok: {total:,} parameters, {trained:,} of them trained")
     if cfg.model.shard != "auto":
         processes = f", on a number of processes that {cfg.model.shard} divides" if cfg.model.shard.isdecimal() else ""
-        reports.append(f"model.shard={cfg.model.shard}: for lora_distributed alone{processes}")
-    print(textwrap.indent("\n".join(reports), INDENT))
+        reports.append(f"model.shard={cfg.model.shard}: for recipes on several processes alone{processes}")
+    for line in reports:
+        print(textwrap.indent(line, INDENT))
     frozen = size(frozen_bytes(model, cfg.model.dtype))
     trained_size = size(trained * TRAINED_BYTES)
     print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
@@ -137,7 +154,7 @@ def _device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build(cfg: Options, new_ids: range) -> tuple["CausalLM", list[str]]:
+def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     """The model of a config on meta, with its adapters and storage types, and what was done to it, in lines."""
     import torch
 
@@ -148,8 +165,9 @@ def build(cfg: Options, new_ids: range) -> tuple["CausalLM", list[str]]:
 
     with torch.device("meta"):
         model = build_model(read_model_config(resolve_path(cfg.model.path)))
-    _, report, _ = add_adapter(model, cfg.lora, new_ids)
-    reports = [str(report)]
+    reports = []
+    if isinstance(cfg, Options):
+        reports.append(str(add_adapter(model, cfg.lora, new_ids)[1]))
     if cfg.model.quantize == "nf4":
         reports.append(str(quantize_nf4(model)))
     return model, reports

@@ -117,13 +117,13 @@ def _read_prompts(model: CausalLM, prompts: list[list[int]], max_new_tokens: int
     Padding is a document of its own, so that no token of a prompt sees it; and with the ends aligned, each row's
     distances between columns are those between its tokens, as sliding windows need them.
     """
-    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
+    device = model.model.norm.weight.device
     longest = max(len(prompt) for prompt in prompts)
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     in_text = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     ids, documents = torch.tensor(padded, device=device), torch.tensor(in_text, device=device)  # (B, T)
     positions = (documents.cumsum(1) - 1).clamp(min=0)
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, dtype, device)
+    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device)
     logits = model(ids, positions=positions, documents=documents, cache=cache, last_only=True)[:, -1]
     return logits, cache, positions[:, -1:]
 

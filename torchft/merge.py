@@ -8,21 +8,29 @@ the checkpoint's own weights: they are the better model, and other programs load
 `nf4_base` merges into the dequantised weights, which is exactly the model that was trained. The output says which.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from torchft.adapter import adapter_tensors, attach_adapter, load_adapter, probe_logits, read_tensors, weights_file
-from torchft.atomic import write_bytes
 from torchft.errors import UserError
-from torchft.export import export_directory, save_safetensors
-from torchft.hf_checkpoint import INDEX, SINGLE, Checkpoint, contained, open_checkpoint
+from torchft.export import export_directory
+from torchft.hf_checkpoint import Checkpoint, contained, open_checkpoint
+from torchft.model_dir import (
+    LOGIT_TOLERANCE,
+    MAX_SHARD_BYTES,
+    available_memory,
+    check_space,
+    copy_companions,
+    plan_shards,
+    write_config,
+    write_index,
+    write_shard,
+)
 from torchft.models import build_model, read_config
 from torchft.modules import nf4
 from torchft.modules.lora import lora_layers, merged_weight
@@ -30,17 +38,10 @@ from torchft.modules.transformer import CausalLM
 from torchft.safetensors_header import read_header
 from torchft.weights import ENDS, FLOATS, load_weights
 
-MAX_SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 }
-COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")  # a licence that asks for it travels with the weights
-
-# Largest ||merged - reference|| / ||reference|| of logits computed in fp32. What differs is the rounding of the merged
-# weights, 2^-9 for bf16: it moved the logits of 2 layers by 0.2% to 0.4%, and grows with the depth.
-LOGIT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,20 @@ def merge(
     out, hf = Path(out_path), read_config(base_path)
     dtypes = {name: dtype or FLOATS[parts.base.tensors[source].dtype] for name, source in parts.sources.items()}
     sizes = {name: parts.shape(name).numel() * dtypes[name].itemsize for name in parts.sources}
-    shards = _plan_shards(sizes, max_shard_bytes)
+    shards = plan_shards(sizes, max_shard_bytes)
     num_changed = 0
     with export_directory(out) as folder:
-        _check_space(folder, sum(sizes.values()))
+        check_space(folder, sum(sizes.values()))
         for file, names in shards.items():
             num_changed += _write_shard(parts, folder / file, {name: dtypes[name] for name in names})
         if num_changed == 0:
             raise UserError(f"merged, {base_path} would be as before: the adapter {adapter_path} changes nothing")
-        if len(shards) > 1:
-            _write_index(folder, shards, sum(sizes.values()))
-        _write_config(parts, hf, folder, dtype)
-        _copy_companions(parts.base.path, Path(adapter_path), folder)
+        write_index(folder, shards, sum(sizes.values()))
+        write_config(parts.base.path, hf, folder, _config_changes(parts, hf), dtype)
+        copy_companions(parts.base.path, folder)
+        for path in Path(adapter_path).iterdir():  # the tokenizer that it was trained with, where it brings one
+            if path.name in TOKENIZER_FILES:
+                shutil.copyfile(contained(Path(adapter_path), path.name), folder / path.name)
         error = _check_logits(parts, folder, max(LOGIT_TOLERANCE[dtype] for dtype in dtypes.values()))
     return MergeReport(out, len(sizes), num_changed, parts.base_words, error)
 
@@ -181,28 +184,6 @@ def _fill_adapters(model: CausalLM, tensors: dict[str, Tensor]) -> None:
             setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensors[name].to(param.dtype)))
 
 
-def _plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensors, in the base's order, each file as full as `max_bytes` allows."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + 2**20:
-        gib = f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on that disk"
-        raise UserError(f"{folder.parent.parent}: merging writes {gib}; free space or choose another place")
-
-
 def _write_shard(parts: _Parts, file: Path, dtypes: dict[str, torch.dtype]) -> int:
     """Merge, write and read back the tensors of one file; returns how many of them the adapter changed."""
     tensors, num_changed = {}, 0
@@ -212,59 +193,24 @@ def _write_shard(parts: _Parts, file: Path, dtypes: dict[str, torch.dtype]) -> i
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{name} holds NaN or infinity after merging in {dtype}; use --dtype float32")
         num_changed += not torch.equal(tensors[name], base.to(dtype))
-    save_safetensors(tensors, file, {"format": "pt", "merged_into": parts.base_words})
-    _read_back(file, tensors)
+    write_shard(file, tensors, {"format": "pt", "merged_into": parts.base_words})
     return num_changed
 
 
-def _read_back(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Compare a file with what was written into it, bit for bit."""
-    assert read_header(file).tensors.keys() == tensors.keys(), file
-    with safe_open(file, framework="pt", device="cpu") as written:
-        for name, tensor in tensors.items():
-            if not torch.equal(written.get_tensor(name), tensor):
-                raise UserError(f"{file}: {name} is not what was written; the disk may be failing: merge elsewhere")
-
-
-def _write_index(folder: Path, shards: dict[str, list[str]], num_bytes: int) -> None:
-    weight_map = {name: file for file, names in shards.items() for name in names}
-    _write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_bytes(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write_config(parts: _Parts, hf: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> None:
-    """The base's config.json, but for what the merge changed: the dtype, the vocabulary's size, the tie."""
+def _config_changes(parts: _Parts, hf: dict[str, Any]) -> dict[str, Any]:
+    """What the merge changed of the base's config.json: the vocabulary's size, the tie."""
     changes: dict[str, Any] = {}
-    if dtype is not None:  # transformers 5 writes dtype, older ones torch_dtype
-        changes["dtype" if "dtype" in hf else "torch_dtype"] = str(dtype).removeprefix("torch.")
     if parts.model.config.vocab_size != hf["vocab_size"]:
         changes["vocab_size"] = parts.model.config.vocab_size
     if not parts.model.config.tie_word_embeddings and hf.get("tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False
-    if all(hf.get(key) == value for key, value in changes.items()):
-        shutil.copyfile(contained(parts.base.path, "config.json"), folder / "config.json")
-    else:
-        _write_json(folder / "config.json", hf | changes)
-
-
-def _copy_companions(base: Path, adapter: Path, folder: Path) -> None:
-    """The base's tokenizer, generation settings and licence; the adapter's tokenizer where it brings one."""
-    for path in base.iterdir():
-        wanted = path.suffix in COPIED_SUFFIXES or path.name.startswith(COPIED_NAMES)
-        if wanted and path.is_file() and path.name not in ("config.json", INDEX) and not path.name.startswith("."):
-            shutil.copyfile(contained(base, path.name), folder / path.name)
-    for path in adapter.iterdir():
-        if path.name in TOKENIZER_FILES:
-            shutil.copyfile(contained(adapter, path.name), folder / path.name)
+    return changes
 
 
 def _check_logits(parts: _Parts, folder: Path, tolerance: float) -> float | None:
     """Relative distance of the written model's logits from base + adapter's, in fp32; None if memory is short."""
     num_params = sum(parts.shape(name).numel() for name in parts.sources)
-    if 5 * num_params > _available_memory():  # 4 bytes each, and a fifth more for activations and the largest tensor
+    if 5 * num_params > available_memory():  # 4 bytes each, and a fifth more for activations and the largest tensor
         return None
     reference = _reference_logits(parts)
     with torch.device("meta"):
@@ -289,10 +235,3 @@ def _reference_logits(parts: _Parts) -> Tensor:
     for name in parts.nf4_names:
         model.get_submodule(name).weight.data.copy_(parts.base_tensor(f"{name}.weight"))
     return probe_logits(model)
-
-
-def _available_memory() -> int:
-    """Bytes that can be had without swapping; 0 where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -116,6 +116,14 @@ def configs_for(recipe: str) -> list[str]:
     return [name for name in config_names() if name.rpartition("_")[2] in methods or name.rpartition("/")[2] in methods]
 
 
+def recipe_for(config: str) -> str:
+    """The recipe that a config is for, by the method that its name or file name ends in; without one, lora_single_device."""
+    name = _without_torchtune_suffix(config.removesuffix(".yaml").removesuffix(".yml"))
+    method = re.split(r"[_/]", name)[-1]
+    recipes = [recipe for recipe in reversed(recipe_names()) if method in METHODS.get(recipe.split("_")[0], ())]
+    return next(iter(recipes), "lora_single_device")
+
+
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by name, torchtune's name, or path. Raises UserError naming what exists, or what to type."""
     shipped = recipe_names()
@@ -123,8 +131,7 @@ def find_recipe(name: str) -> Path:
     if target in shipped:
         return RECIPES / f"{target}.py"
     if (config := _without_torchtune_suffix(name)) in config_names():
-        recipe = next((recipe for recipe in reversed(shipped) if config in configs_for(recipe)), "RECIPE")
-        raise UserError(f"{name} is a config: tune run {recipe} --config {config}")
+        raise UserError(f"{name} is a config: tune run {recipe_for(config)} --config {config}")
     if name.endswith((".yaml", ".yml")):
         raise UserError(f"{name} is a config: tune run RECIPE --config {name} (`tune ls` lists the recipes)")
     if name.endswith(".py") or "/" in name:

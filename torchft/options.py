@@ -64,7 +64,8 @@ def help_text(config_class: type, script: str) -> str:
     about = (sys.modules[config_class.__module__].__doc__ or "").strip().partition("\n")[0]
     lines = [about, ""] if about else []
     lines += [f"usage:   tune run {name} [--config NAME|FILE] [key=value ...]"]
-    lines += [f"example: tune run {name} --config tiny/lora optim.lr=1e-3 resume=auto", ""]
+    method = "full" if name.startswith("full_") else "lora"
+    lines += [f"example: tune run {name} --config tiny/{method} optim.lr=1e-3 resume=auto", ""]
     lines += ["Options and their defaults. In a YAML file the groups are nested; as key=value they are dotted, and the"]
     lines += ["last part alone is enough where only one option ends in it. The file comes first, then key=value."]
     options = list_options(config_class)

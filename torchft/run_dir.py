@@ -18,8 +18,10 @@ from torchft.errors import UserError
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
 LEFTOVER_NAME = re.compile(r"step_\d{6,}\.tmp")
-FORMAT = "torchft checkpoint 2"
-RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "tensorboard", "profile")  # beside the checkpoints
+FORMAT = "torchft checkpoint 2"  # checkpoint.py: whole tensors
+FORMAT_OF_PARTS = "torchft checkpoint 2, in parts"  # parts.py
+FORMATS = (FORMAT, FORMAT_OF_PARTS)
+RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "model", "tensorboard", "profile")  # beside the checkpoints
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
@@ -27,13 +29,17 @@ def checkpoint_path(out: Path, step: int) -> Path:
     return out / f"step_{step:06d}"
 
 
-def verify_checkpoint(path: Path, hashes: bool = True) -> dict[str, Any]:
-    """The manifest of a checkpoint that is whole and bears its own name; see `atomic.verify`. Raises UserError."""
+def verify_checkpoint(path: Path, hashes: bool = True, form: str | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole, of the format `form` and bears its own name; see `atomic.verify`.
+
+    Raises UserError. `form` None: any that this version writes.
+    """
     if not path.is_dir():
         raise UserError(f"there is no checkpoint {path}: name an existing step_... directory, or use run.resume=auto")
     manifest = verify(path, hashes)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has the format {manifest.get('format')!r}, this version reads {FORMAT!r}")
+    forms = FORMATS if form is None else (form,)
+    if manifest.get("format") not in forms:
+        raise UserError(f"{path} has the format {manifest.get('format')!r}, this version reads {forms[0]!r} here")
     if STEP_NAME.fullmatch(path.name) and path != checkpoint_path(path.parent, manifest["step"]):
         raise UserError(f"{path} was saved as step {manifest['step']}: it has been renamed, or swapped with another")
     return manifest

@@ -133,7 +133,7 @@ def test_the_cache_changes_nothing(model, cuts):
     ids = torch.stack(random_examples([11, 11, 11]))
     with torch.no_grad():
         expected = model(ids)
-        cache = KVCache(model.config, 3, 11, torch.float32, ids.device)
+        cache = KVCache(model.config, 3, 11, ids.device)
         got = torch.cat([model(piece, cache=cache) for piece in ids.split(cuts, dim=1)], dim=1)
     assert cache.length == 11
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()

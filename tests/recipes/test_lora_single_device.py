@@ -1,5 +1,6 @@
 """The recipe as a whole: what it writes, that it can be stopped anywhere, that cutting a step differently changes nothing."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -50,6 +51,7 @@ def test_run_trains_and_exports(small_model: Path, chat_data: Path, tmp_path: Pa
 
 def killed_run(cfg: recipe.Config, micro_batch: int) -> None:
     """Run the recipe and die without warning before its `micro_batch`-th forward."""
+    gc.freeze()  # see tests/processes.py
     torch.set_num_threads(1)
     original, count = recipe.batch_loss, 0
 

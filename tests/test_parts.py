@@ -1,0 +1,270 @@
+"""Checkpoints in parts: what is staged is what is written, a failure in the background ends the run, bad ones are refused by name."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from processes import problems, run_processes
+from safetensors.torch import load_file, save_file
+from tiny_training import hide_cuda
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from torchft import parts
+from torchft.config import ModelConfig, OptimConfig, RunConfig
+from torchft.distributed import join_processes, leave_processes
+from torchft.modules.sharding import whole
+from torchft.optim import build_optimizer, clip_and_check, step_optimizer
+from torchft.parts import PartsWriter, load_parts
+from torchft.ranks import rank, world_size
+from torchft.run_dir import checkpoints, verify_checkpoint
+
+CONFIG = {"run": {"out": "out"}, "optim": {"name": "adamw"}}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_cuda(monkeypatch)
+
+
+class Run:
+    """A model of a few odd shapes divided over the processes, its optimizer, and steps that depend on nothing else."""
+
+    def __init__(self, width: int = 7) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 1, bias=False))  # fewer rows than processes, too
+        fully_shard(self.model, mesh=init_device_mesh("cpu", (world_size(),)))
+        self.params = dict(self.model.named_parameters())
+        self.optimizer = build_optimizer(self.params, OptimConfig(lr=0.1))
+
+    def step(self) -> "Run":
+        loss = self.model(torch.ones(3, 5)).square().mean()
+        loss.backward()
+        step_optimizer(self.optimizer, clip_and_check(self.params, 0.0, loss)[1])
+        self.optimizer.zero_grad()
+        return self
+
+    def save(self, writer: PartsWriter, step: int, **more: Any) -> None:
+        writer.save(
+            step, params=self.params, optimizer=self.optimizer, state={"data": "d"}, config=CONFIG, keep_last=2, **more
+        )
+
+    def load(self, path: Path) -> dict[str, Any]:
+        return load_parts(path, params=self.params, optimizer=self.optimizer, unchanged={"data": "d"})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found = {name: whole(param.detach()).clone() for name, param in self.params.items()}
+        for name, param in self.params.items():
+            found |= {f"{name}/{key}": whole(value).clone() for key, value in self.optimizer.state[param].items()}
+        return found
+
+
+def on_processes(count: int, folder: Path, work: Callable[[], None]) -> list[int]:
+    """`work` on gloo processes that have met; exit codes."""
+
+    def run(_: int) -> None:
+        join_processes(ModelConfig(), OptimConfig(), RunConfig(global_batch_size=12))
+        work()
+        leave_processes()
+
+    return run_processes(count, run, folder)
+
+
+def run_and_save(out: Path, steps: int = 1) -> None:
+    run, writer = Run(), PartsWriter(out)
+    for step in range(1, steps + 1):
+        run.step().save(writer, step)
+    writer.wait()
+
+
+def test_what_is_written_is_the_step_that_was_saved(tmp_path: Path) -> None:
+    """K12: the steps after it, which run while it is written, do not show in it; each process has its own file."""
+
+    def work() -> None:
+        run, writer, go = Run().step(), PartsWriter(tmp_path / "out"), threading.Event()
+        original = writer._write_part
+
+        def late(*args: Any) -> None:
+            assert go.wait(60)
+            original(*args)
+
+        writer._write_part = late
+        saved = run.tensors()
+        run.save(writer, 1)
+        assert not checkpoints(tmp_path / "out")
+        moved = run.step().step().tensors()  # in the meantime
+        go.set()
+        writer.wait()
+        assert any(not torch.equal(moved[name], tensor) for name, tensor in saved.items())
+        assert run.load(tmp_path / "out/step_000001") == {"data": "d", "step": 1}
+        loaded = run.tensors()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+    assert on_processes(2, tmp_path, work) == [0, 0], problems(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "out/step_000001").glob("shard*"))
+    assert names == [f"shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 2)]
+
+
+def test_it_loads_on_any_number_of_processes(tmp_path: Path) -> None:
+    def save() -> None:
+        run_and_save(tmp_path / "out")
+        tensors = Run().step().tensors()
+        if rank() == 0:
+            save_file(tensors, tmp_path / "whole.safetensors")
+
+    def load() -> None:
+        run = Run(7)
+        run.load(tmp_path / "out/step_000001")
+        expected, found = load_file(tmp_path / "whole.safetensors"), run.tensors()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        after = run.step().tensors()  # the moments are in use
+        assert not torch.equal(after["0.weight"], expected["0.weight"])
+
+    assert on_processes(3, tmp_path / "3", save) == [0, 0, 0], problems(tmp_path / "3")
+    for count in (1, 2, 4):
+        assert on_processes(count, tmp_path / f"{count}", load) == [0] * count, problems(tmp_path / f"{count}")
+
+
+def test_only_the_newest_and_whole_ones_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "out/step_000009.tmp").mkdir(parents=True)  # of a crash
+
+    assert on_processes(2, tmp_path, lambda: run_and_save(tmp_path / "out", 4)) == [0, 0], problems(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["step_000003", "step_000004"]
+    assert verify_checkpoint(tmp_path / "out/step_000004")["step"] == 4
+
+
+def test_many_tensors_go_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no more than one of them is in memory a second time."""
+    monkeypatch.setattr(parts, "FILE_BYTES", 100)
+    assert on_processes(2, tmp_path, lambda: run_and_save(tmp_path / "out")) == [0, 0], problems(tmp_path)
+    sizes = [
+        sum(tensor.nbytes for tensor in load_file(path).values()) for path in (tmp_path / "out/step_000001").glob("shard*")
+    ]
+    assert len(sizes) > 4 and max(sizes) <= 100
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_in_the_background_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """On every process, with the disk's own words; what was saved before stays."""
+    original = dcp.HuggingFaceStorageWriter.write_data
+
+    def full(self: object, plan: object, planner: object) -> object:
+        if len(checkpoints(tmp_path / "out")) == 1 and rank() == failing:
+            raise OSError(28, "No space left on device")
+        return original(self, plan, planner)
+
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
+
+    def work() -> None:
+        run, writer = Run().step(), PartsWriter(tmp_path / "out")
+        run.save(writer, 1)
+        writer.wait()
+        run.step().save(writer, 2)
+        writer._saving.exception()  # waits for it
+        writer.check()
+        os._exit(7)  # it should have been raised
+
+    assert on_processes(2, tmp_path, work) == [1, 1]
+    assert f"process {failing}: [Errno 28] No space left on device" in problems(tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step_000001"]
+    verify_checkpoint(tmp_path / "out/step_000001")
+
+
+def test_without_memory_for_a_copy_the_run_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "available_memory", lambda: 100)
+    monkeypatch.setattr(parts, "_copied", lambda tensors: pytest.fail("copied"))
+
+    def work() -> None:
+        run, writer = Run().step(), PartsWriter(tmp_path / "out")
+        run.save(writer, 1)
+        if rank() == 0:  # which gives it its name
+            assert checkpoints(tmp_path / "out")
+
+    assert on_processes(2, tmp_path, work) == [0, 0], problems(tmp_path)
+
+
+def test_a_directory_that_not_all_processes_see_is_refused(tmp_path: Path) -> None:
+    def work() -> None:
+        PartsWriter(tmp_path / f"disk of node {rank()}" / "out")
+
+    (tmp_path / "disk of node 1/out").mkdir(parents=True)
+    assert on_processes(2, tmp_path, work) == [1, 1]
+    assert "is not there for process(es) 1: each writes its part" in problems(tmp_path)
+
+
+def refusal(tmp_path: Path, change: Callable[[Run, Path], None]) -> str:
+    """What loading on one process says after `change` to the run or its checkpoint."""
+
+    def work() -> None:
+        run = Run(8 if change is wider else 7)
+        before = {name: param.detach().to_local().clone() for name, param in run.params.items()}
+        change(run, tmp_path / "out/step_000001")
+        try:
+            run.load(tmp_path / "out/step_000001")
+        finally:
+            assert all(torch.equal(run.params[name].to_local(), tensor) for name, tensor in before.items() if name in run.params)
+
+    assert on_processes(1, tmp_path / "save", lambda: run_and_save(tmp_path / "out")) == [0], problems(tmp_path / "save")
+    assert on_processes(1, tmp_path / "load", work) == [1]
+    return problems(tmp_path / "load")
+
+
+def wider(run: Run, path: Path) -> None:
+    """The model has other shapes."""
+
+
+def one_less(run: Run, path: Path) -> None:
+    run.params.pop("1.weight")
+
+
+def other_optimizer(run: Run, path: Path) -> None:
+    run.optimizer = torch.optim.SGD(run.params.values())
+
+
+def other_data(run: Run, path: Path) -> None:
+    run.load = lambda path: load_parts(path, params=run.params, optimizer=run.optimizer, unchanged={"data": "e"})
+
+
+def flipped_bit(run: Run, path: Path) -> None:
+    file = next(path.glob("shard*"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (wider, "parameter 0.weight is (7, 5) torch.float32 in the checkpoint, (8, 5) torch.float32 in this run"),
+        (one_less, "parameter 1.weight is in the checkpoint but not trained now"),
+        (other_optimizer, "was saved with the optimizer AdamW"),
+        (other_data, "was saved with another data ('d' then, 'e' now)"),
+        (flipped_bit, "is damaged: its sha256 is not the manifest's"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    tmp_path: Path, change: Callable[[Run, Path], None], message: str
+) -> None:
+    assert message in refusal(tmp_path, change)
+
+
+def test_nothing_of_the_libraries_reaches_the_screen(tmp_path: Path) -> None:
+    def work() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run_and_save(tmp_path / "out")
+            Run().load(tmp_path / "out/step_000001")
+        assert dist.is_initialized()
+
+    assert on_processes(1, tmp_path, work) == [0], problems(tmp_path)

@@ -1,0 +1,251 @@
+"""Checkpoints of models trained whole: every process writes the part it holds, while the next steps already run.
+
+    out/step_000500/   shard-00002-model-00001-of-00007.safetensors   of process 1 (counted from 0): its rows of parameters,
+                                                                      params/<name>, and moments, optimizer/<name>/<state>
+                       rng.safetensors, state.json, manifest.json     as in checkpoint.py, by process 0
+
+The tensors go through torch.distributed.checkpoint with its safetensors storage, which fits them together again for any
+number of processes. Only its plain tensors are used; everything else is JSON. A step is copied to the host's memory first,
+which is what the run waits for, and written by a thread with a process group of its own. It gets its name when all
+parts are on the disk, so a kill loses at most the steps since the last finished save. Left out: several directories
+instead of one that all nodes see.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+
+from torchft.atomic import atomic_directory, write_bytes
+from torchft.checkpoint import (
+    RNG_FILE,
+    STATE_FILE,
+    all_generators,
+    check_params,
+    check_same_run,
+    manifest_facts,
+    read_state,
+    restore_generators,
+    state_text,
+    state_values,
+)
+from torchft.distributed import HOST_TIMEOUT, from_all, from_main, highest
+from torchft.errors import UserError
+from torchft.model_dir import available_memory
+from torchft.modules.sharding import local
+from torchft.optimizer_state import plain_name
+from torchft.ranks import rank
+from torchft.run_dir import FORMAT_OF_PARTS, checkpoint_path, prune, remove_leftovers, verify_checkpoint
+
+FILE_BYTES = 2**30  # of one process's tensors in one file, which is held in memory twice while it is written
+PARAMS, OPTIMIZER = "params/", "optimizer/"
+
+
+class PartsWriter:
+    """Saves one step at a time in the background. Every process has one, and calls its methods at the same steps."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        _require_shared(self.out)
+        self._group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)  # the thread's own: it talks beside the others
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._saving: Future | None = None
+
+    def save(
+        self,
+        step: int,
+        *,
+        params: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        config: dict[str, Any],
+        keep_last: int,
+        valid_loss: float | None = None,
+    ) -> None:
+        """Begin out/step_<step>/, as checkpoint.save_checkpoint makes it; waits for the one before, and for the copy.
+
+        Where the host's memory cannot hold the copy, the step is written from where it is, and the run waits for that.
+        Raises UserError if the save before could not be written.
+        """
+        self.wait()
+        tensors = _live_tensors(params, optimizer)
+        generators, numbers = all_generators()
+        values = state_values(state, config, optimizer) | {"rng": numbers}
+        facts = manifest_facts(FORMAT_OF_PARTS, step, valid_loss)
+        copied = not highest(int(_bytes_held(tensors) * 1.2 > available_memory() / _processes_here()))
+        staged = _copied(tensors) if copied else tensors
+        self._saving = self._thread.submit(self._write, staged, generators, state_text(values), facts, keep_last)
+        if not copied:
+            self.wait()
+
+    def check(self) -> None:
+        """Raises what made a save in the background fail; UserError for a full or failing disk."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once the last save is whole and has its name; raises as `check`."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _write(
+        self, tensors: dict[str, Tensor], generators: dict[str, Tensor], text: bytes, facts: dict[str, Any], keep_last: int
+    ) -> None:
+        final = checkpoint_path(self.out, facts["step"])
+        if rank() > 0:
+            self._write_part(tensors, final)
+            return
+        remove_leftovers(self.out)
+        needed = len(text) + sum(tensor.numel() * tensor.element_size() for tensor in (tensors | generators).values())
+        with atomic_directory(final, facts, needed) as folder:
+            self._write_part(tensors, final)
+            save_file(generators, folder / RNG_FILE)
+            write_bytes(folder / STATE_FILE, text)
+        prune(self.out, keep_last)
+
+    def _write_part(self, tensors: dict[str, Tensor], final: Path) -> None:
+        """This process's files, in the directory that the first process has made by now."""
+        dist.barrier(self._group)
+        temporary = final.with_name(final.name + ".tmp")
+        files = _plan_files(tensors)
+        with _plain_errors():
+            writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+
+
+def load_parts(
+    path: str | Path, *, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, unchanged: dict[str, Any]
+) -> dict[str, Any]:
+    """Put a checkpoint of PartsWriter back, on any number of processes; arguments and result as checkpoint.load_checkpoint.
+
+    Raises UserError naming the tensor or entry that does not fit; nothing has been changed then.
+    """
+    path = Path(path)
+    step, values = from_main(lambda: (verify_checkpoint(path, form=FORMAT_OF_PARTS)["step"], read_state(path)))
+    check_same_run(path, values, optimizer, unchanged)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    saved = {
+        name: torch.empty(info.size, dtype=info.properties.dtype, device="meta")
+        for name, info in reader.read_metadata().state_dict_metadata.items()
+    }
+    by_name = {plain_name(name): param for name, param in params.items()}
+    check_params(path, {name.removeprefix(PARAMS): t for name, t in saved.items() if name.startswith(PARAMS)}, by_name)
+    targets = {PARAMS + name: param.detach() for name, param in by_name.items()}
+    states = _empty_states(path, saved, by_name)
+    targets |= {f"{OPTIMIZER}{name}/{key}": tensor for name, held in states.items() for key, tensor in held.items()}
+    dcp.load(targets, storage_reader=reader)
+    _put_states(optimizer, by_name, states)
+    restore_generators(load_file(path / RNG_FILE), values["rng"], step)
+    return values["state"] | {"step": step}
+
+
+def _require_shared(out: Path) -> None:
+    """Raises UserError unless all processes see the same directory: each will write its part into it."""
+
+    def mark() -> str:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / name).touch()
+        except OSError as error:
+            raise UserError(f"run.out={out} cannot be written: {error}") from None
+        return name
+
+    name = ".seen_by_all"
+    from_main(mark)
+    blind = [number for number, seen in enumerate(from_all((out / name).exists())) if not seen]
+    from_main(lambda: (out / name).unlink())
+    if blind:
+        raise UserError(
+            f"run.out={out} of process 0 is not there for process(es) {', '.join(map(str, blind))}: each writes its part of "
+            "a checkpoint, so name a directory on a file system that all nodes share"
+        )
+
+
+def _live_tensors(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {PARAMS + plain_name(name): param.detach() for name, param in params.items()}
+    for name, param in params.items():
+        held = optimizer.state.get(param, {}).items()
+        tensors |= {f"{OPTIMIZER}{plain_name(name)}/{key}": value for key, value in held}
+    return tensors
+
+
+def _bytes_held(tensors: dict[str, Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors.values())
+
+
+def _processes_here() -> int:
+    """How many processes share this machine's memory."""
+    return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else dist.get_world_size()
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in the host's memory, which the next step does not change."""
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+    )
+    return DefaultStager(options).stage(tensors)
+
+
+def _plan_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Tensor -> number of the file, counted from 1, so that no process has more than FILE_BYTES of them in one."""
+    files, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        parts = tensor.device_mesh.size(tensor.device_mesh.ndim - 1) if isinstance(tensor, DTensor) else 1
+        rows = tensor.shape[0] if tensor.ndim else 1
+        size = tensor.numel() // max(1, rows) * -(-rows // parts) * tensor.element_size()
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0
+        files[name], filled = number, filled + size
+    return files
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """torch.distributed.checkpoint tells all processes of a failure in one of them; here it is the disk's, if it is that."""
+    try:
+        yield
+    except CheckpointException as error:
+        number, (cause, _) = sorted(error.failures.items())[0]
+        if isinstance(cause, OSError):
+            raise OSError(f"process {number}: {cause}") from None
+        raise
+
+
+def _empty_states(path: Path, saved: dict[str, Tensor], params: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Parameter -> state -> a tensor to read it into: divided as the parameter where it has its shape."""
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in params}
+    for full_name, like in saved.items():
+        if not full_name.startswith(OPTIMIZER):
+            continue
+        name, _, key = full_name.removeprefix(OPTIMIZER).rpartition("/")
+        if name not in params:
+            raise UserError(f"{path}: optimizer state {full_name} belongs to no trained parameter of this run")
+        if like.shape == params[name].shape:
+            states[name][key] = torch.empty_like(params[name].detach(), dtype=like.dtype)
+        else:
+            states[name][key] = torch.empty(like.shape, dtype=like.dtype)
+    keys = {frozenset(held) for held in states.values()}
+    if len(keys) > 1:
+        name = min(states, key=lambda name: len(states[name]))
+        raise UserError(f"{path}: the optimizer state of {name} is not complete")
+    return states
+
+
+def _put_states(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], states: dict[str, dict[str, Tensor]]
+) -> None:
+    names = {param: name for name, param in params.items()}
+    in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
+    by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
+    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
