@@ -95,12 +95,17 @@ def gathered(tensor: Tensor) -> Tensor:
     return everything.cpu() if tensor.device_mesh.get_rank() == 0 else torch.empty(0)
 
 
+def num_parts(tensor: Tensor) -> int:
+    """Into how many parts a tensor is divided."""
+    return tensor.device_mesh.size(tensor.device_mesh.ndim - 1) if isinstance(tensor, DTensor) else 1
+
+
 def rows_held(tensor: Tensor) -> slice:
     """The rows of the whole tensor that this process holds, as FSDP2 deals them: like torch.chunk."""
     if not isinstance(tensor, DTensor):
         return slice(0, tensor.shape[0])
     mesh, num_rows = tensor.device_mesh, tensor.shape[0]
-    step = -(-num_rows // mesh.size(mesh.ndim - 1))
+    step = -(-num_rows // num_parts(tensor))
     start = min(num_rows, mesh.get_local_rank(mesh.ndim - 1) * step)
     return slice(start, min(num_rows, start + step))
 

@@ -44,6 +44,7 @@ class Case:
     plain: Callable
     least: tuple[float, float | None]  # None: there is no backward
     unit: str = "bytes"  # or "flop"
+    same_bits: bool = False  # as the eager twin, of every variant
 
 
 def tiny_size(device: str) -> Size:
@@ -119,7 +120,33 @@ def nf4(op: Callable, size: Size) -> Iterator[Case]:
 
         least = codes.nbytes + scalers.nbytes + factor.nbytes + count * size.dtype.itemsize
         inputs = (codes, scalers, factor, mean, table)
-        yield Case(f"nf4 {rows} x {columns}", inputs, into(False), into(True), plain, (least, None))
+        yield Case(f"nf4 {rows} x {columns}", inputs, into(False), into(True), plain, (least, None), same_bits=True)
+
+
+def adamw(op: Callable, size: Size) -> Iterator[Case]:
+    from torchft.kernels.adamw import Rule
+
+    rows, columns = size.intermediate, size.hidden
+    on = {"device": size.device}
+    param, grad, exp_avg, noise = (torch.randn(rows, columns, **on).bfloat16() for _ in range(4))
+    step, found_inf, rule = torch.tensor(3.0, **on), torch.zeros((), **on), Rule(1e-3, (0.9, 0.999), 1e-8, 0.1)
+
+    def in_place(update: Callable, eager: bool) -> Callable:
+        """Updates a copy of its own again and again; what is compared are the results of the first call."""
+        held: list[Tensor] = []
+        first: list[Tensor] = []
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            held.extend([] if held else [tensor.clone() for tensor in tensors])
+            update(tuple(held), step, rule, (0, 1, 0), found_inf=found_inf, eager=eager)
+            first.extend([] if first else [held[i].clone() for i in (0, 2, 3)])
+            return tuple(first)
+
+        return run
+
+    inputs = (param, grad, exp_avg, noise.square())
+    runs = in_place(op, False), in_place(op, True), in_place(size.compiled(op), True)
+    yield Case(f"adamw_ {rows} x {columns}", inputs, *runs, (7 * param.nbytes, None))
 
 
 # Module of torchft.kernels: its function, and the cases of that.
@@ -129,4 +156,5 @@ CASES = {
     "swiglu": ("gated", swiglu),
     "linear_cross_entropy": ("linear_cross_entropy", linear_cross_entropy),
     "nf4": ("dequantize_into", nf4),
+    "adamw": ("adamw_", adamw),
 }

@@ -157,6 +157,8 @@ def test_the_least_that_must_be_moved_or_multiplied() -> None:
     frozen, trained = kernel_cases.linear_cross_entropy(gated, size)
     product = 2 * 10 * 64 * 130  # 10 of 12 tokens are supervised
     assert frozen.least == (product, 2 * product) and trained.least == (product, 3 * product)
+    (adamw,) = kernel_cases.adamw(gated, size)
+    assert adamw.least == (96 * 64 * 14, None)
     frozen, trained = kernel_cases.rms_norm(gated, size)
     assert frozen.least == trained.least == (2 * 12 * 64 * 4, 5 * 12 * 64 * 4)
 

@@ -55,10 +55,10 @@ def test_one_field_of_a_source(form, tmp_path):
 
 
 def test_text_options_get_the_text_as_it_was_written(tmp_path):
-    cfg = read("model: {path: 007, compile: on}\ndata: {train: a.jsonl}\nrun: {out: 1e3}", tmp_path, "wandb_project=no")
-    assert (cfg.model.path, cfg.model.compile, cfg.run.out, cfg.run.wandb_project) == ("007", "on", "1e3", "no")
-    cfg = read("", tmp_path, *NEEDED, "run.out=a: [b", "run.wandb_project=")
-    assert (cfg.run.out, cfg.run.wandb_project) == ("a: [b", "")
+    cfg = read("model: {path: 007, compile: on}\ndata: {train: a.jsonl}\nrun: {out: 1e3}", tmp_path, "resume=no")
+    assert (cfg.model.path, cfg.model.compile, cfg.run.out, cfg.run.resume) == ("007", "on", "1e3", "no")
+    cfg = read("", tmp_path, *NEEDED, "run.out=a: [b", "data.chat_template=")
+    assert (cfg.run.out, cfg.data.chat_template) == ("a: [b", "")
 
 
 def test_numbers_as_yaml_1_2_has_them(tmp_path):

@@ -1,16 +1,28 @@
 """What the parser of configs refuses, and with which words (D3, PITFALLS S1, S6, U1, U3)."""
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from some_config import NAMES, NEEDED, Config, read, refused
 
 from torchft.checks import CHOICES, RANGES
+from torchft.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from torchft.errors import ConfigError
 from torchft.names import OLD_KEYS
 from torchft.options import list_options
 from torchft.parse import flatten, read_config
+
+
+@dataclass
+class WithoutAdapter:
+    """The options of a recipe that trains models whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
 
 def mistakes() -> list[tuple[list[str], str]]:
@@ -55,7 +67,8 @@ def test_no_data_and_no_model_are_named_without_a_place(tmp_path):
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_is_accepted_and_nothing_else(key, tmp_path):
     for choice in CHOICES[key]:
-        assert flatten(read("", tmp_path, *NEEDED, f"{key}={choice}"))[key] == choice
+        config = WithoutAdapter if choice == "adamw_bf16" else Config
+        assert flatten(read_config(config, None, [*NEEDED, f"{key}={choice}"], paths=False))[key] == choice
     assert refused("", tmp_path, *NEEDED, f"{key}=other").startswith(f"command line: {key} is 'other'; the choices are")
 
 
@@ -136,3 +149,28 @@ def test_a_file_that_is_too_large_missing_or_a_directory(tmp_path, monkeypatch):
             read_config(Config, name, [])
     with pytest.raises(ConfigError, match="there is no config"):
         read_config(Config, "x" * 5000, [])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adamw_8bit"])
+@pytest.mark.parametrize("max_norm", [0, 1])
+@pytest.mark.parametrize("micro, rows", [(4, 4), (2, 4), (8, 4)])
+@pytest.mark.parametrize("config", [Config, WithoutAdapter])
+def test_what_an_update_in_backward_cannot_go_with(config, micro, rows, max_norm, optimizer):
+    """PITFALLS L8: every pair, alone and together; each message names both options."""
+    options = [f"optim.name={optimizer}", f"optim.max_grad_norm={max_norm}"]
+    options += [f"run.micro_batch_size={micro}", f"run.global_batch_size={rows}"]
+    clashes = {
+        "optim.max_grad_norm": max_norm > 0,
+        "run.micro_batch_size": micro < rows,
+        "optim.name": optimizer == "adamw_8bit",
+        "lora.rank": config is Config,
+    }
+    wanted = {f"optim.in_backward and {key} cannot go together" for key, broken in clashes.items() if broken}
+    said = ""
+    try:
+        read_config(config, None, [*NEEDED, "optim.in_backward=true", *options], paths=False)
+    except ConfigError as error:
+        said = str(error)
+    assert {match.group() for match in re.finditer(r"optim\.in_backward and \S+ cannot go together", said)} == wanted
+    if config is WithoutAdapter or optimizer != "adamw_bf16":
+        read_config(config, None, [*NEEDED, *options], paths=False)  # each is fine without it

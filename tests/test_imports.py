@@ -164,9 +164,9 @@ OPTIONS = """
 model: path weights dtype quantize activation_checkpointing offload_activations compile shard kernels
 lora: rank alpha dropout rslora dora target_modules modules_to_save new_tokens adapter
 data: train valid valid_fraction chat_template train_on max_seq_len packing truncation max_bad_rows
-optim: name lr schedule warmup_steps min_lr_ratio weight_decay betas eps max_grad_norm
+optim: name in_backward lr schedule warmup_steps min_lr_ratio weight_decay betas eps max_grad_norm
 run: out seed epochs max_steps global_batch_size micro_batch_size log_every eval_every save_every keep_last keep_best
-run: resume sample_rows exact_match_rows max_new_tokens deterministic tensorboard wandb_project profile_steps
+run: resume sample_rows exact_match_rows max_new_tokens deterministic trackers profile_steps
 source: path weight split format columns
 """
 

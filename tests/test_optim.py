@@ -14,7 +14,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchft.config import OptimConfig
-from torchft.errors import UserError
+from torchft.errors import ConfigError, UserError
 from torchft.modules.compiler import missing_compiler
 from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
 
@@ -59,12 +59,14 @@ def test_adamw_follows_its_formula() -> None:
 
 def test_the_optimizer_is_fused_and_keeps_no_bf16() -> None:
     assert build_optimizer(make_params(), OptimConfig()).defaults["fused"]
-    with pytest.raises(AssertionError, match="fp32"):
-        build_optimizer({"a": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))}, OptimConfig())
+    in_bf16 = {"a": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))}
+    for name in ("adamw", "adamw_8bit"):
+        with pytest.raises(ConfigError, match=f"optim.name={name} .*float32, and a is in torch.bfloat16: use adamw_bf16"):
+            build_optimizer(in_bf16, OptimConfig(name=name))
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UserError, match="optim.name is 'sgd': choose adamw or adamw_8bit"):
+    with pytest.raises(UserError, match="optim.name is 'sgd': choose adamw, adamw_8bit or adamw_bf16"):
         build_optimizer(make_params(), OptimConfig(name="sgd"))
     with pytest.raises(UserError, match="optim.schedule is 'step'"):
         lr_at(0, 10, OptimConfig(schedule="step"))

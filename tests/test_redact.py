@@ -41,7 +41,7 @@ def test_no_secret_reaches_a_file_or_the_screen(
 
 
 def test_redaction_spares_what_is_no_secret() -> None:
-    plain = {"run": {"max_new_tokens": 128, "new_tokens": ["<tool>"], "wandb_project": "token-study"}, "lr": 1e-4}
+    plain = {"run": {"max_new_tokens": 128, "new_tokens": ["<tool>"], "trackers": ["wandb:token-study"]}, "lr": 1e-4}
     assert redact(plain) == plain
     assert redact_text("12 tokens, step 3, sk-ipped, hf_model, user@host:8080") == (
         "12 tokens, step 3, sk-ipped, hf_model, user@host:8080"

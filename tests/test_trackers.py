@@ -14,15 +14,15 @@ from torchft.metrics import RunLogger
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "extra"),
-    [("torch.utils.tensorboard", {"tensorboard": True}, "tensorboard"), ("wandb", {"wandb_project": "p"}, "wandb")],
+    ("module", "tracker", "extra"),
+    [("torch.utils.tensorboard", "tensorboard", "tensorboard"), ("wandb", "wandb:p", "wandb")],
 )
 def test_a_missing_tracker_names_its_extra(
-    module: str, options: dict[str, Any], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: str, tracker: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # import then raises ImportError
     with pytest.raises(UserError, match=rf"pip install torchft-recipes\[{extra}\]"):
-        RunLogger(RunConfig(out=str(tmp_path), **options), {}, torch.device("cpu"))
+        RunLogger(RunConfig(out=str(tmp_path), trackers=[tracker]), {}, torch.device("cpu"))
 
 
 def test_trackers_get_every_record_and_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_trackers_get_every_record_and_continue(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=dict))
     state = None
     for step in (1, 2):
-        run = RunConfig(out=str(tmp_path), tensorboard=True, wandb_project="p")
+        run = RunConfig(out=str(tmp_path), trackers=["wandb:p", "tensorboard"])
         log = RunLogger(run, {"model": {"token": "secret", "path": "m"}}, torch.device("cpu"))
         log.begin(total_steps=2, steps_per_epoch=2, start_step=step - 1, state=state)
         loss, one = torch.tensor(1.0 / step), torch.ones(())

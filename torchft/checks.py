@@ -21,7 +21,7 @@ CHOICES = {
     "model.compile": ("auto", "on", "off"),
     "data.train_on": ("all", "last"),
     "data.truncation": ("drop", "right"),
-    "optim.name": ("adamw", "adamw_8bit"),
+    "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "cross_entropy")  # lora: the folded products of torchft/fuse.py
@@ -70,7 +70,7 @@ def check_options(values: dict[str, Any]) -> Problems:
     for key, (low, high) in RANGES.items():
         if key in values and not low <= values[key] <= high:  # also true of NaN
             problems.append((key, f"is {show(values[key])}; accepted are {low} to {high}"))
-    for check in (_check_model, _check_lora, _check_data, _check_optim):
+    for check in (_check_model, _check_lora, _check_data, _check_optim, _check_trackers):
         problems += check(values)
     if values.get("run.out") == "":
         problems.append(("run.out", "is empty; name a directory for checkpoints, logs and the result"))
@@ -160,6 +160,17 @@ def _check_optim(values: dict[str, Any]) -> Problems:
     return []
 
 
+def _check_trackers(values: dict[str, Any]) -> Problems:
+    names = values.get("run.trackers", [])
+    wrong = [name for name in names if name != "tensorboard" and not re.fullmatch(r"wandb:[^\s/]+", name)]
+    kinds = [name.partition(":")[0] for name in names]
+    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+    return [
+        *[("run.trackers", f"holds {show(name)}; write tensorboard or wandb:PROJECT") for name in wrong],
+        *[("run.trackers", f"has {show(kind)} twice; keep one") for kind in twice],
+    ]
+
+
 def check_pairs(values: dict[str, Any]) -> Problems:
     """Options that are fine alone but not together: each would otherwise be ignored in silence."""
     validation = bool(values.get("data.valid")) or values.get("data.valid_fraction", 0.0) > 0.0
@@ -180,6 +191,9 @@ def check_pairs(values: dict[str, Any]) -> Problems:
          "moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
+        *_in_backward_rules(values),
+        (values.get("optim.name") == "adamw_bf16" and "lora.rank" in values, "optim.name",
+         "is adamw_bf16, for models that are trained whole in bf16, and adapters are kept in fp32: use adamw or adamw_8bit"),
         (bool(values.get("lora.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,
          "lora.modules_to_save", "must name both embed_tokens and lm_head beside lora.new_tokens, whose rows are in both; "
          "or leave it empty to train only those rows"),
@@ -190,6 +204,23 @@ def check_pairs(values: dict[str, Any]) -> Problems:
          f"and lora.target_modules both name {', '.join(clashing)}; keep one of them"),
     ]  # fmt: skip
     return [(key, message) for broken, key, message in rules if broken]
+
+
+def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """What cannot be where each parameter is updated, and its gradient freed, in the one backward of a step."""
+    if not values.get("optim.in_backward"):
+        return []
+    accumulated = values.get("run.micro_batch_size", 1) < values.get("run.global_batch_size", 1)
+    clashes = {
+        "optim.max_grad_norm": (values.get("optim.max_grad_norm", 0.0) > 0,
+                                "the norm to clip by is known only after all updates; set optim.max_grad_norm=0"),
+        "run.micro_batch_size": (accumulated, "a gradient that is accumulated must be kept; set run.micro_batch_size to "
+                                 "run.global_batch_size"),
+        "optim.name": (values.get("optim.name") == "adamw_8bit", "adamw_8bit updates all parameters at once; use adamw or "
+                       "adamw_bf16"),
+        "lora.rank": ("lora.rank" in values, "adapters' gradients are small; set optim.in_backward=false"),
+    }  # fmt: skip
+    return [(broken, "optim.in_backward", f"and {key} cannot go together: {why}") for key, (broken, why) in clashes.items()]
 
 
 def check_paths(values: dict[str, Any]) -> Problems:

@@ -70,7 +70,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    name: str = "adamw"  # adamw | adamw_8bit (torchao; needs a C compiler)
+    name: str = "adamw"  # adamw (16 bytes a parameter, gradient included) | adamw_8bit (10; C compiler) | adamw_bf16 (8)
+    in_backward: bool = False  # update each parameter as soon as its gradient is there, and free it: 4 bytes (bf16: 2) less
     lr: float = 2e-4
     schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
     warmup_steps: int = 10
@@ -101,8 +102,7 @@ class RunConfig:
     exact_match_rows: int = 0  # validation rows answered greedily and scored before and after training
     max_new_tokens: int = 128  # for those answers
     deterministic: bool = False  # torch.use_deterministic_algorithms: bit-exact resume on GPU, slower
-    tensorboard: bool = False
-    wandb_project: str = ""
+    trackers: list[str] = field(default_factory=list)  # beside the log: tensorboard, "wandb:PROJECT"
     profile_steps: int = 0  # torch profiler over this many steps, after two of which CUDA's allocations are recorded
 
 

@@ -51,9 +51,10 @@ def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> No
     world = world_size()
     if model.shard.isdecimal() and world % int(model.shard):
         raise ConfigError(f"model.shard={model.shard} does not divide {world} processes: use a divisor of it, all or auto")
-    if optim.name == "adamw_8bit":
+    if optim.in_backward and world > 1:
         raise ConfigError(
-            "optim.name=adamw_8bit: its states cannot be divided over processes; use adamw, or run the single-device recipe"
+            f"optim.in_backward=true works on one process, and --nproc_per_node (and --nnodes) make {world}: a sum over "
+            "processes has to be whole before an update; set optim.in_backward=false"
         )
     resolve_micro_batch_size(run.global_batch_size, run.micro_batch_size, world)
     if torch.cuda.is_available():

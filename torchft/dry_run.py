@@ -103,7 +103,7 @@ def check_machine(cfg: WholeOptions) -> None:
     from torchft.optim import build_optimizer
 
     find_checkpoint(cfg.run.out, cfg.run.resume, asdict(cfg))
-    if cfg.optim.name != "adamw":
+    if cfg.optim.name == "adamw_8bit":
         build_optimizer({"any": torch.nn.Parameter(torch.zeros(1, device=_device()))}, cfg.optim)
 
 

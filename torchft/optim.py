@@ -1,41 +1,63 @@
 """AdamW, its learning-rate schedule, gradient clipping and the check for non-finite steps.
 
-Two optimizers: torch's fused AdamW, and torchao's AdamW with 8-bit states (Dettmers et al. 2021,
-https://arxiv.org/abs/2110.02861), which needs a C compiler. Nothing here waits for the device, but for the 8-bit
-optimizer's check. Left out: schedules with state (the learning rate is a function of the step, so that a resumed run
-needs none) and bf16 parameters (at small learning rates AdamW does not move them, pytorch/torchtune#2254).
+    optim.name    parameters and gradients    bytes per parameter, with gradient and moments
+    adamw         fp32                        16   torch's fused AdamW
+    adamw_8bit    fp32                        10   torchao's, moments in 8 bits (Dettmers et al. 2021,
+                                                   https://arxiv.org/abs/2110.02861); needs a C compiler
+    adamw_bf16    bf16                         8   moments in bf16 too, rounded stochastically (kernels/adamw.py)
+
+With optim.in_backward (torchft/in_backward.py) the gradients' 4 or 2 bytes go. Plain AdamW on bf16 parameters is not offered:
+at small learning rates it does not move them (pytorch/torchtune#2254). Nothing here waits for the device, but for the 8-bit
+optimizer's check. Left out: schedules with state (the learning rate is a function of the step, so that a resumed run needs
+none).
 """
 
 import logging
 import math
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from torchft.adamw_bf16 import AdamWBf16
 from torchft.config import OptimConfig
-from torchft.errors import UserError
+from torchft.errors import ConfigError, UserError
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.nf4 import quiet_import
+from torchft.modules.sharding import local, num_parts
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
-def build_optimizer(params: dict[str, nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over `params` (name -> fp32 Parameter, all on one device); 1-D parameters, embeddings and heads get no decay.
+def build_optimizer(params: dict[str, nn.Parameter], cfg: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW over `params` (name -> Parameter, all on one device); 1-D parameters, embeddings and heads get no decay.
 
-    Raises UserError where `optim.name` is unknown, or needs a compiler that this machine lacks.
+    `seed`, the run's, is that of adamw_bf16's rounding. Raises ConfigError where the parameters are not in the dtype that
+    `optim.name` wants (fp32; bf16 for adamw_bf16), UserError where that is unknown, or needs what this machine lacks.
     """
     assert params, "no trainable parameter"
-    assert all(param.dtype == torch.float32 for param in params.values()), "trainable parameters are kept in fp32"
+    if cfg.name not in ("adamw", "adamw_8bit", "adamw_bf16"):
+        raise UserError(f"optim.name is {cfg.name!r}: choose adamw, adamw_8bit or adamw_bf16")
+    _check_dtypes(params, cfg.name)
     groups = _parameter_groups(params, cfg.weight_decay)
-    betas = (cfg.betas[0], cfg.betas[1])
+    options = {"lr": cfg.lr, "betas": (cfg.betas[0], cfg.betas[1]), "eps": cfg.eps}
     if cfg.name == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
-    if cfg.name == "adamw_8bit":
-        return _build_8bit(groups, cfg, betas, next(iter(params.values())).device)
-    raise UserError(f"optim.name is {cfg.name!r}: choose adamw or adamw_8bit")
+        return torch.optim.AdamW(groups, fused=True, **options)
+    if cfg.name == "adamw_bf16":
+        return _build_bf16(groups, options, seed)
+    return _build_8bit(groups, options, next(iter(params.values())).device)
+
+
+def _check_dtypes(params: dict[str, nn.Parameter], optimizer: str) -> None:
+    wanted = torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32
+    for name, param in params.items():
+        if param.dtype != wanted:
+            others = "adamw_bf16" if optimizer != "adamw_bf16" else "adamw or adamw_8bit"
+            raise ConfigError(
+                f"optim.name={optimizer} trains parameters in {wanted}, and {name} is in {param.dtype}: use {others}"
+            )
 
 
 def _parameter_groups(params: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
@@ -50,9 +72,14 @@ def _parameter_groups(params: dict[str, nn.Parameter], weight_decay: float) -> l
     return [group for group in groups if group["params"]]
 
 
-def _build_8bit(
-    groups: list[dict], cfg: OptimConfig, betas: tuple[float, float], device: torch.device
-) -> torch.optim.Optimizer:
+def _build_bf16(groups: list[dict], options: dict, seed: int) -> torch.optim.Optimizer:
+    try:
+        return AdamWBf16(groups, seed=seed, **options)
+    except ModuleNotFoundError as error:  # Triton is not everywhere
+        raise UserError(f"optim.name is adamw_bf16, which needs {error.name}: install it, or set optim.name=adamw") from None
+
+
+def _build_8bit(groups: list[dict], options: dict, device: torch.device) -> torch.optim.Optimizer:
     """torchao's AdamW8bit. Its update is compiled at the first step; states below 4,096 values stay in fp32."""
     if missing := missing_compiler(device):
         raise UserError(
@@ -65,7 +92,29 @@ def _build_8bit(
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with quiet_import():
         from torchao.optim import AdamW8bit  # here: its import takes seconds
-    return AdamW8bit(groups, lr=cfg.lr, betas=betas, eps=cfg.eps)
+    optimizer = AdamW8bit(groups, **options)
+    _keep_in_fp32(optimizer)
+    return optimizer
+
+
+def blocks_fit(param: Tensor) -> bool:
+    """Whether 8-bit states of a parameter that is divided over processes consist of whole blocks of 256 on each of them.
+
+    Then the parts' codes and scales, put together, are those of the whole tensor, for any number of processes. It takes
+    4,096 values in the smallest part, and rows, or equal parts, of a multiple of 256.
+    """
+    rows, width = param.shape[0], param.numel() // max(1, param.shape[0])
+    most = -(-rows // num_parts(param))  # rows of all parts but the last
+    least = rows - (num_parts(param) - 1) * most
+    return least * width >= 4096 and (width % 256 == 0 or (least == most and most * width % 256 == 0))
+
+
+def _keep_in_fp32(optimizer: torch.optim.Optimizer) -> None:
+    """fp32 states for the divided parameters that have none and no room for whole blocks; torchao would decide per part."""
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        if isinstance(param, DTensor) and not optimizer.state[param] and not blocks_fit(param):
+            moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
 
 
 def lr_at(step: int, total_steps: int, cfg: OptimConfig) -> float:
@@ -95,27 +144,65 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def clip_and_check(params: dict[str, nn.Parameter], max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Clip the gradients to the global norm `max_norm` (0: leave them) and look for a non-finite step, on the device.
+def norm_and_check(
+    params: dict[str, nn.Parameter], max_norm: float, loss: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients' global norm, whether the step is not finite, and the factor that clips to `max_norm`, on the device.
 
     `loss`: the step's, a scalar; over several processes the global one, so that the verdict is the same everywhere.
-    Returns the norm before clipping and found_inf (1.0 if the norm or the loss is not finite, else 0.0): fp32 scalars.
+    Returns three fp32 scalars: the norm before clipping; found_inf (1.0 if the norm or the loss is not finite, else 0.0);
+    and what `step_optimizer` multiplies the gradients by (None for max_norm 0: it leaves them).
     """
     grads = [param.grad for param in params.values() if param.grad is not None]
     assert grads, "no parameter has a gradient: was backward called?"
-    grad_norm = nn.utils.get_total_norm(grads)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()  # of all shards
+    grad_norm = _global_norm(grads)
     found_inf = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).float()
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(params.values(), max_norm, grad_norm)
+    # as torch.nn.utils.clip_grads_with_norm_
+    return grad_norm, found_inf, (max_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else None
+
+
+def _global_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm over all gradients, of all processes where they are divided, in fp32 whatever their dtype."""
+    layouts: dict[tuple, list[Tensor]] = {}
+    for grad in grads:
+        layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else ()
+        layouts.setdefault(layout, []).append(local(grad))
+    squares = []
+    for layout, parts in layouts.items():
+        total = torch.stack(torch._foreach_norm(parts, 2.0, dtype=torch.float32)).square().sum()
+        if layout:
+            mesh, placements = layout
+            sums = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+            total = DTensor.from_local(total, mesh, sums, run_check=False).full_tensor()
+        squares.append(total)
+    return torch.stack(squares).sum().sqrt()
+
+
+def clip_and_check(params: dict[str, nn.Parameter], max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """`norm_and_check` that clips the gradients at once: the norm before clipping and found_inf."""
+    grad_norm, found_inf, clip = norm_and_check(params, max_norm, loss)
+    if clip is not None:
+        _clip(params.values(), clip)
     return grad_norm, found_inf
 
 
-def step_optimizer(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
-    """One update; with found_inf 1.0 none at all: parameters, moments and step counters stay as they are."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler sets it
+@torch.no_grad()
+def _clip(params: Iterable[Tensor], clip: Tensor) -> None:
+    torch._foreach_mul_([local(param.grad) for param in params if param.grad is not None], clip)
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer, found_inf: Tensor, clip: Tensor | None = None) -> None:
+    """One update; with found_inf 1.0 none at all: parameters, moments and step counters stay as they are.
+
+    `clip`: the gradients are multiplied by it. adamw_bf16 does so while it reads them, at no cost; for the others they are
+    changed in place.
+    """
+    if isinstance(optimizer, AdamWBf16):
+        optimizer.clip = clip
+    elif clip is not None:
+        _clip((param for group in optimizer.param_groups for param in group["params"]), clip)
+    if isinstance(optimizer, (torch.optim.AdamW, AdamWBf16)):
+        optimizer.found_inf = found_inf  # type: ignore[union-attr]  # read by fused kernels, as GradScaler sets it
         optimizer.step()
     elif found_inf.item() == 0:  # torchao's update has no such input: this waits for the device
         optimizer.step()

@@ -3,6 +3,11 @@
 Optimizer tensors are named <parameter>/<state>, such as "model.layers.0.self_attn.q_proj.lora_A.weight/exp_avg",
 whatever the order of the parameters; torchao's 8-bit states are taken apart into /codes, /scale and /qmap (torchao
 optim/subclass_8bit.py). Of a parameter that is divided over processes, the states are gathered and cut again.
+
+8-bit states at another number of processes: blocks of 256 values run along the flattened tensor, and are whole in each part
+(torchft/optim.py, `blocks_fit`), so that codes and scales are cut like the parameter, and nothing is lost. A state that has
+no whole blocks in the new parts is decoded into fp32, exactly; one that was fp32 for that reason and now has them is
+quantised anew.
 """
 
 import random
@@ -11,10 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchft.errors import UserError
-from torchft.modules.sharding import cut, gathered
+from torchft.modules.sharding import cut, divided_like, gathered, local, rows_held
+from torchft.optim import blocks_fit
 
+BLOCK = 256  # values that share a scale
 PARTS_8BIT = ("codes", "scale", "qmap")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -34,12 +42,12 @@ def flatten_optimizer(
     signed: dict[str, bool] = {}
     for name, param in params.items():
         for key, value in optimizer.state.get(param, {}).items():
-            full_name, value = f"{plain_name(name)}/{key}", gathered(value)
-            if type(value) is Tensor:
-                tensors[full_name] = value
+            full_name = f"{plain_name(name)}/{key}"
+            if type(local(value)) is Tensor:
+                tensors[full_name] = gathered(value)
             else:
                 parts, signed[full_name] = split_8bit(value)
-                tensors |= {f"{full_name}/{part}": tensor for part, tensor in parts.items()}
+                tensors |= {f"{full_name}/{part}": gathered(tensor) for part, tensor in parts.items()}
     return tensors, signed
 
 
@@ -57,8 +65,9 @@ def unflatten_optimizer(
     states = _by_parameter(tensors, signed, [plain_name(name) for name in params])
     _check_complete(states, {plain_name(name): param for name, param in params.items()})
     names = {param: plain_name(name) for name, param in params.items()}
+    place = _cut_8bit if type(optimizer).__name__ == "AdamW8bit" else _cut
     for param, name in names.items():
-        states[name] = {key: value if key == "step" else cut(value, param) for key, value in states[name].items()}
+        states[name] = {key: value if key == "step" else place(key, value, param) for key, value in states[name].items()}
     in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
     by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
     # load_state_dict moves each tensor to where this optimizer wants it: the step counter too, on CPU for torchao.
@@ -96,11 +105,24 @@ def _check_complete(states: dict[str, dict[str, Any]], params: dict[str, nn.Para
 
 
 def split_8bit(state: Tensor) -> tuple[dict[str, Tensor], bool]:
-    """A torchao 8-bit state (same shape as its parameter) as its inner tensors, and whether its codes are signed."""
+    """A torchao 8-bit state (same shape as its parameter) as its inner tensors, and whether its codes are signed.
+
+    Of a divided one, codes and scale are divided likewise; gathered, the scale has one number per block in any shape.
+    """
     from torchao.optim.subclass_8bit import OptimState8bit  # here: only who uses 8-bit AdamW pays for the import
 
-    assert isinstance(state, OptimState8bit), f"unknown optimizer state {type(state)}"
-    return {"codes": state.codes, "scale": state.scale, "qmap": state.qmap}, state.signed
+    part = local(state)
+    assert isinstance(part, OptimState8bit), f"unknown optimizer state {type(part)}"
+    codes, scale = part.codes, part.scale
+    if isinstance(state, DTensor):
+        assert blocks_fit(state), f"an 8-bit state of shape {tuple(state.shape)} whose parts are not whole blocks"
+        width = state.numel() // state.shape[0]
+        codes = divided_like(codes, state)
+        if width % BLOCK == 0:
+            scale = divided_like(scale.view(-1, width // BLOCK), state)
+        else:  # equal parts
+            scale = DTensor.from_local(scale, state.device_mesh, state.placements, run_check=False)
+    return {"codes": codes, "scale": scale, "qmap": part.qmap}, part.signed
 
 
 def join_8bit(parts: dict[str, Tensor], signed: bool) -> Tensor:
@@ -109,7 +131,29 @@ def join_8bit(parts: dict[str, Tensor], signed: bool) -> Tensor:
 
     if set(parts) != set(PARTS_8BIT):
         raise UserError(f"an 8-bit optimizer state has the parts {sorted(parts)}, not {sorted(PARTS_8BIT)}")
-    return OptimState8bit(parts["codes"], parts["scale"], parts["qmap"], signed, dtype=torch.float32)
+    return OptimState8bit(parts["codes"], parts["scale"].flatten(), parts["qmap"], signed, dtype=torch.float32)
+
+
+def _cut(key: str, value: Tensor, param: Tensor) -> Tensor:
+    """A whole state in the layout of its parameter."""
+    return cut(value, param)
+
+
+def _cut_8bit(key: str, value: Tensor, param: Tensor) -> Tensor:
+    """The same for torchao's AdamW: in 8 bits where that has them for this parameter, else in fp32."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    in_8bit = isinstance(value, OptimState8bit)
+    if not blocks_fit(param):
+        return cut(value.dequantize() if in_8bit else value, param)
+    if in_8bit:
+        rows, width = rows_held(param), param.numel() // param.shape[0]
+        blocks = slice(rows.start * width // BLOCK, rows.stop * width // BLOCK)
+        part = OptimState8bit(value.codes[rows].clone(), value.scale[blocks].clone(), value.qmap, value.signed, value.dtype)
+    else:
+        held = local(cut(value, param))
+        part = OptimState8bit.zeros(held.shape, key == "exp_avg", BLOCK, held.device, held.dtype).copy_(held)
+    return divided_like(part, param)
 
 
 def get_rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,8 @@ from typing import Any
 from torchft.config import RunConfig
 from torchft.errors import UserError
 
+WANDB = "wandb:"  # and the project's name
+
 
 class Trackers:
     """Sends the log's records to the trackers that the config names; to none by default.
@@ -17,8 +19,9 @@ class Trackers:
         self._run = run
         self._tensorboard = None
         self._wandb = None
-        self._writer_class = _import_summary_writer() if run.tensorboard else None
-        self._wandb_module = _import_wandb() if run.wandb_project else None
+        self._writer_class = _import_summary_writer() if "tensorboard" in run.trackers else None
+        self._wandb_project = next((name.removeprefix(WANDB) for name in run.trackers if name.startswith(WANDB)), None)
+        self._wandb_module = _import_wandb() if self._wandb_project else None
 
     def begin(self, config: dict[str, Any], start_step: int, wandb_id: str | None) -> None:
         """Open them; records after `start_step`, left by a run that was killed, are replaced. `config`: redacted."""
@@ -31,7 +34,7 @@ class Trackers:
                 disable_git=True, save_code=False, x_disable_meta=True, console="off"
             )
             self._wandb = self._wandb_module.init(
-                project=self._run.wandb_project,
+                project=self._wandb_project,
                 dir=self._run.out,
                 config=config,
                 id=wandb_id,
@@ -65,8 +68,7 @@ def _import_summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "run.tensorboard is true, but TensorBoard is not installed: pip install torchft-recipes[tensorboard], "
-            "or set run.tensorboard=false"
+            "run.trackers has tensorboard, which is not installed: pip install torchft-recipes[tensorboard], or take it out"
         ) from None
     return SummaryWriter
 
@@ -76,7 +78,6 @@ def _import_wandb() -> Any:
         import wandb
     except ImportError:
         raise UserError(
-            "run.wandb_project is set, but W&B is not installed: pip install torchft-recipes[wandb], "
-            "or leave run.wandb_project empty"
+            "run.trackers has wandb, which is not installed: pip install torchft-recipes[wandb], or take it out"
         ) from None
     return wandb

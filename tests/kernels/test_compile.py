@@ -23,6 +23,8 @@ for module, name, types, constants in json.loads(sys.argv[1]):
         print(name, dtype)
 """
 KERNELS = [
+    ("adamw", "_adamw_kernel", "*bf16 *{0} *bf16 *bf16 *fp32 *fp32 *fp32 i32 i64 i32 fp32 fp32 fp32 fp32 fp32",
+     {"BLOCKS": 8}),
     ("lora_linear", "_adapter_kernel", "*fp32 *fp32 *{0} *{0} i32 i32 i32 i32 i32 i32 fp32 i32 i32",
      {"RANK": 16, "PAD": 64, "ROWS": 64, "BLOCK": 1024}),
     ("rms_norm", "_forward_kernel", "*{0} *{0} *{0} *{0} *{0} *fp32 i32 i32 fp32", {"BLOCK_D": 4096}),

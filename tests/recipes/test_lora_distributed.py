@@ -146,7 +146,6 @@ def test_the_best_step_is_exported(
 
 def test_what_cannot_work_on_several_processes_is_refused_first(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
     for number, (option, message) in enumerate({
-        "optim.name=adamw_8bit": "its states cannot be divided",
         "model.shard=3": "model.shard=3 does not divide 2 processes",
         "run.global_batch_size=3": "3 rows cannot be divided over 2 processes",
     }.items()):

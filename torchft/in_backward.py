@@ -1,0 +1,58 @@
+"""Optimizer step in backward: each parameter is updated as soon as its gradient is there, which is then freed.
+
+    updates = StepInBackward(params, optimizer)                       # once, before the loop
+    grad_norm, found_inf = updates.backward(loss / supervised)        # backward, clipping's norm, step and zero_grad in one
+
+The gradients never exist all at once: of 4 bytes per parameter (2 in bf16) only the largest tensor's are left. The price:
+the norm is known only when every parameter has been updated, so that nothing can be clipped by it, and a gradient has to be
+whole in one backward, of one micro-batch on one process (torchft/checks.py refuses the rest).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torchft.modules.sharding import local
+from torchft.optim import step_optimizer
+
+
+class StepInBackward:
+    """Hooks on `params`, so that `backward` is all there is to a step. The learning rate must be set before it.
+
+    The parameters get the bits that backward, `step_optimizer` and `zero_grad` would give them, except where a step is not
+    finite: a loss that is not changes nothing, a gradient that is not leaves its own tensor and that tensor's moments as
+    they were, while others may have been updated by then. `found_inf` tells of both.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._loss: Tensor | None = None
+        self._squares: Tensor | None = None
+        # A parameter with two names, as a tied embedding's, has one gradient: autograd adds both uses up before the hook.
+        for param in dict.fromkeys(params.values()):
+            assert param.grad is None, "a gradient is there already: it would be added to the next one"
+            param.register_post_accumulate_grad_hook(self._update)
+
+    def backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Differentiate a scalar loss, updating every parameter on the way.
+
+        Returns the norm of all gradients and found_inf (1.0 if the norm or the loss is not finite, else 0.0): fp32 scalars
+        on the device, as `clip_and_check` does.
+        """
+        self._loss = loss.detach()
+        self._squares = torch.zeros((), dtype=torch.float64, device=loss.device)
+        loss.backward()
+        grad_norm = self._squares.sqrt().float()
+        found_inf = (~(torch.isfinite(grad_norm) & torch.isfinite(self._loss))).float()
+        self._loss = self._squares = None
+        return grad_norm, found_inf
+
+    @torch.no_grad()
+    def _update(self, param: Tensor) -> None:
+        assert self._loss is not None, "parameters are updated in backward: call StepInBackward.backward(loss)"
+        norm = torch.linalg.vector_norm(local(param.grad), dtype=torch.float32)
+        self._squares += norm.double().square()
+        found_inf = (~((norm + 0 * self._loss) < math.inf)).float()  # also true where either is NaN
+        step_optimizer(self._optimizer, found_inf)  # of this parameter: no other has a gradient now
+        param.grad = None
