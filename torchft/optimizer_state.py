@@ -37,17 +37,25 @@ def plain_name(name: str) -> str:
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """The state as tensors by name, and which 8-bit states are signed. Hyperparameters are the config's, not saved."""
+    """The state as whole tensors by name, and which 8-bit states are signed; on processes but the first, empty ones."""
+    tensors, signed = flat_states(optimizer, params)
+    return {name: gathered(tensor) for name, tensor in tensors.items()}, signed
+
+
+def flat_states(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """The same as it lies: divided as the parameters are. Hyperparameters are the config's, not saved."""
     tensors: dict[str, Tensor] = {}
     signed: dict[str, bool] = {}
     for name, param in params.items():
         for key, value in optimizer.state.get(param, {}).items():
             full_name = f"{plain_name(name)}/{key}"
             if type(local(value)) is Tensor:
-                tensors[full_name] = gathered(value)
+                tensors[full_name] = value
             else:
                 parts, signed[full_name] = split_8bit(value)
-                tensors |= {f"{full_name}/{part}": gathered(tensor) for part, tensor in parts.items()}
+                tensors |= {f"{full_name}/{part}": tensor for part, tensor in parts.items()}
     return tensors, signed
 
 
@@ -62,12 +70,32 @@ def unflatten_optimizer(
     Raises UserError naming the first state that belongs to no parameter, is incomplete or has another shape; nothing
     has been changed then.
     """
-    states = _by_parameter(tensors, signed, [plain_name(name) for name in params])
-    _check_complete(states, {plain_name(name): param for name, param in params.items()})
-    names = {param: plain_name(name) for name, param in params.items()}
-    place = _cut_8bit if type(optimizer).__name__ == "AdamW8bit" else _cut
-    for param, name in names.items():
+    by_name = {plain_name(name): param for name, param in params.items()}
+    put_states(optimizer, by_name, placed_states(optimizer, by_name, tensors, signed))
+
+
+def placed_states(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], tensors: dict[str, Tensor], signed: dict[str, bool]
+) -> dict[str, dict[str, Tensor]]:
+    """Parameter (by plain name) -> state -> tensor laid out as the parameter, from whole tensors. Raises UserError."""
+    states = _by_parameter(tensors, signed, list(params))
+    check_states(states, params)
+    place = _cut_8bit if in_8_bits(optimizer) else _cut
+    for name, param in params.items():
         states[name] = {key: value if key == "step" else place(key, value, param) for key, value in states[name].items()}
+    return states
+
+
+def in_8_bits(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torchao's."""
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
+def put_states(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], states: dict[str, dict[str, Tensor]]
+) -> None:
+    """Make these states, by plain name and laid out as the parameters, those of `optimizer`."""
+    names = {param: name for name, param in params.items()}
     in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
     by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
     # load_state_dict moves each tensor to where this optimizer wants it: the step counter too, on CPU for torchao.
@@ -91,8 +119,8 @@ def _by_parameter(tensors: dict[str, Tensor], signed: dict[str, bool], names: li
     return states
 
 
-def _check_complete(states: dict[str, dict[str, Any]], params: dict[str, nn.Parameter]) -> None:
-    """Every parameter has all of AdamW's states (or, never stepped, none), the moments in its shape."""
+def check_states(states: dict[str, dict[str, Any]], params: dict[str, nn.Parameter]) -> None:
+    """Raises UserError unless every parameter has all of AdamW's states (or, never stepped, none), the moments in its shape."""
     for name, state in states.items():
         if state and set(state) != {"step", "exp_avg", "exp_avg_sq"}:
             raise UserError(f"optimizer state of {name} has {sorted(state)}, not step, exp_avg and exp_avg_sq")
