@@ -401,3 +401,26 @@ def test_optimizers_that_cannot_be_are_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         options(small_model, chat_data, tmp_path, *more)
+
+
+def test_names_in_a_checkpoint_depend_on_nothing_but_the_model(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """K11: recomputed, divided and computed in bf16, or none of it."""
+    more = ["run.max_steps=1", "run.save_every=1", "run.sample_rows=0", "data.valid_fraction=0"]
+    outs = [
+        train(1, small_model, chat_data, tmp_path / "plain", *more, "optim.name=adamw_bf16", "model.dtype=bfloat16"),
+        train(2, small_model, chat_data, tmp_path / "all", *more, "model.activation_checkpointing=full", "model.dtype=bfloat16"),
+    ]
+    names = [set(dcp_tensors(out / "step_000001")) for out in outs]
+    weights = load_file(small_model / "model.safetensors").keys()
+    states = {f"optimizer/{name}/{key}" for name in weights for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert names[0] == names[1] == states | {f"params/{name}" for name in weights}
+
+
+@pytest.mark.parametrize("rows", [1, 5, 9])
+def test_fewer_rows_than_processes_never_hang(small_model: Path, chat_data: Path, tmp_path: Path, rows: int) -> None:
+    """PITFALLS D1: on 4 processes, with as few rows to train and to validate."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chat_data.read_text().splitlines(keepends=True)[:rows]))
+    more = ["run.max_steps=2", "run.global_batch_size=4", "run.save_every=0", "data.valid_fraction=0", f"data.valid={few}"]
+    out = train(4, small_model, few, tmp_path / "out", *more)
+    assert len([record for record in log_records(out) if "loss" in record]) == 2
