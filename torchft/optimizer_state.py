@@ -35,19 +35,23 @@ def plain_name(name: str) -> str:
 
 
 def flatten_optimizer(
-    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], gather: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """The state as tensors by name, and which 8-bit states are signed. Hyperparameters are the config's, not saved."""
+    """The state as tensors by name, and which 8-bit states are signed. Hyperparameters are the config's, not saved.
+
+    `gather=False`: those of divided parameters stay divided, as plain DTensors.
+    """
     tensors: dict[str, Tensor] = {}
     signed: dict[str, bool] = {}
+    kept = gathered if gather else lambda tensor: tensor
     for name, param in params.items():
         for key, value in optimizer.state.get(param, {}).items():
             full_name = f"{plain_name(name)}/{key}"
             if type(local(value)) is Tensor:
-                tensors[full_name] = gathered(value)
+                tensors[full_name] = kept(value)
             else:
                 parts, signed[full_name] = split_8bit(value)
-                tensors |= {f"{full_name}/{part}": gathered(tensor) for part, tensor in parts.items()}
+                tensors |= {f"{full_name}/{part}": kept(tensor) for part, tensor in parts.items()}
     return tensors, signed
 
 
@@ -129,9 +133,13 @@ def join_8bit(parts: dict[str, Tensor], signed: bool) -> Tensor:
     """What `split_8bit` took apart, as it was."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
+    _check_parts(parts)
+    return OptimState8bit(parts["codes"], parts["scale"].flatten(), parts["qmap"], signed, dtype=torch.float32)
+
+
+def _check_parts(parts: dict[str, Tensor]) -> None:
     if set(parts) != set(PARTS_8BIT):
         raise UserError(f"an 8-bit optimizer state has the parts {sorted(parts)}, not {sorted(PARTS_8BIT)}")
-    return OptimState8bit(parts["codes"], parts["scale"].flatten(), parts["qmap"], signed, dtype=torch.float32)
 
 
 def _cut(key: str, value: Tensor, param: Tensor) -> Tensor:
@@ -143,17 +151,53 @@ def _cut_8bit(key: str, value: Tensor, param: Tensor) -> Tensor:
     """The same for torchao's AdamW: in 8 bits where that has them for this parameter, else in fp32."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    in_8bit = isinstance(value, OptimState8bit)
-    if not blocks_fit(param):
-        return cut(value.dequantize() if in_8bit else value, param)
-    if in_8bit:
-        rows, width = rows_held(param), param.numel() // param.shape[0]
-        blocks = slice(rows.start * width // BLOCK, rows.stop * width // BLOCK)
-        part = OptimState8bit(value.codes[rows].clone(), value.scale[blocks].clone(), value.qmap, value.signed, value.dtype)
+    if not isinstance(value, OptimState8bit):
+        return _quantised(key, cut(value, param), param)
+    return _placed_8bit(key, {"codes": cut(value.codes, param), "scale": value.scale, "qmap": value.qmap}, param)
+
+
+def laid_out(optimizer: torch.optim.Optimizer, held: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """The states of one parameter as this optimizer has them: "exp_avg" -> a tensor divided as `param`.
+
+    `held`, named as `flatten_optimizer` does behind the parameter ("exp_avg", or "exp_avg/codes", ...), has everything
+    divided as `param` that has its shape, and the rest whole; it may come from another number of processes.
+    """
+    states: dict[str, Any] = {}
+    for full_key, tensor in held.items():
+        key, _, part = full_key.partition("/")
+        states[key] = states.get(key, {}) | {part: tensor} if part else tensor
+    if type(optimizer).__name__ != "AdamW8bit":
+        return states
+    return {
+        key: _placed_8bit(key, value, param) if isinstance(value, dict) else value if key == "step" else _quantised(key, value, param)
+        for key, value in states.items()
+    }
+
+
+def _placed_8bit(key: str, parts: dict[str, Tensor], param: Tensor) -> Tensor:
+    """An 8-bit state from codes that are divided as `param`, and a whole scale; in fp32 where parts have no whole blocks."""
+    _check_parts(parts)
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    codes, first = local(parts["codes"]), rows_held(param).start * (param.numel() // max(1, param.shape[0]))
+    scale, qmap = (parts[name].to(codes.device) for name in ("scale", "qmap"))
+    if blocks_fit(param):
+        mine = scale.flatten()[first // BLOCK : (first + codes.numel()) // BLOCK].clone()
+        part = OptimState8bit(codes, mine, qmap, key == "exp_avg", torch.float32)
     else:
-        held = local(cut(value, param))
-        part = OptimState8bit.zeros(held.shape, key == "exp_avg", BLOCK, held.device, held.dtype).copy_(held)
+        blocks = torch.arange(first, first + codes.numel(), device=codes.device) // BLOCK
+        part = (qmap[codes.flatten().int()] * scale.flatten()[blocks]).view(codes.shape)
     return divided_like(part, param)
+
+
+def _quantised(key: str, value: Tensor, param: Tensor) -> Tensor:
+    """A fp32 state, divided as `param`, in 8 bits where torchao's AdamW has it so."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    if not blocks_fit(param):
+        return value
+    held = local(value)
+    return divided_like(OptimState8bit.zeros(held.shape, key == "exp_avg", BLOCK, held.device, held.dtype).copy_(held), param)
 
 
 def get_rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -43,7 +43,7 @@ from torchft.distributed import HOST_TIMEOUT, from_all, from_main, highest
 from torchft.errors import UserError
 from torchft.model_dir import available_memory
 from torchft.modules.sharding import local
-from torchft.optimizer_state import plain_name
+from torchft.optimizer_state import flatten_optimizer, laid_out, plain_name
 from torchft.ranks import rank
 from torchft.run_dir import FORMAT_OF_PARTS, checkpoint_path, prune, remove_leftovers, verify_checkpoint
 
@@ -174,10 +174,8 @@ def _require_shared(out: Path) -> None:
 
 def _live_tensors(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {PARAMS + plain_name(name): param.detach() for name, param in params.items()}
-    for name, param in params.items():
-        held = optimizer.state.get(param, {}).items()
-        tensors |= {f"{OPTIMIZER}{plain_name(name)}/{key}": value for key, value in held}
-    return tensors
+    states, _ = flatten_optimizer(optimizer, params, gather=False)
+    return tensors | {OPTIMIZER + name: tensor for name, tensor in states.items()}
 
 
 def _bytes_held(tensors: dict[str, Tensor]) -> int:
@@ -228,14 +226,14 @@ def _empty_states(path: Path, saved: dict[str, Tensor], params: dict[str, nn.Par
     for full_name, like in saved.items():
         if not full_name.startswith(OPTIMIZER):
             continue
-        name, _, key = full_name.removeprefix(OPTIMIZER).rpartition("/")
+        name, _, key = full_name.removeprefix(OPTIMIZER).partition("/")  # of 8 bits: exp_avg/codes
         if name not in params:
             raise UserError(f"{path}: optimizer state {full_name} belongs to no trained parameter of this run")
         if like.shape == params[name].shape:
             states[name][key] = torch.empty_like(params[name].detach(), dtype=like.dtype)
         else:
             states[name][key] = torch.empty(like.shape, dtype=like.dtype)
-    keys = {frozenset(held) for held in states.values()}
+    keys = {frozenset(key.partition("/")[0] for key in held) for held in states.values()}
     if len(keys) > 1:
         name = min(states, key=lambda name: len(states[name]))
         raise UserError(f"{path}: the optimizer state of {name} is not complete")
@@ -247,5 +245,6 @@ def _put_states(
 ) -> None:
     names = {param: name for name, param in params.items()}
     in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
-    by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
+    laid = {param: laid_out(optimizer, states[names[param]], param) for param in in_group_order}
+    by_index = {index: laid[param] for index, param in enumerate(in_group_order) if laid[param]}
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
