@@ -268,3 +268,19 @@ def test_nothing_of_the_libraries_reaches_the_screen(tmp_path: Path) -> None:
         assert dist.is_initialized()
 
     assert on_processes(1, tmp_path, work) == [0], problems(tmp_path)
+
+
+def test_random_states_are_restored(tmp_path: Path) -> None:
+    """Each process its own, where there are as many; else masks that no step so far has had."""
+
+    def work() -> None:
+        run, writer = Run().step(), PartsWriter(tmp_path / "out")
+        torch.manual_seed(rank())
+        run.save(writer, 1)
+        writer.wait()
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        run.load(tmp_path / "out/step_000001")
+        assert torch.equal(torch.rand(3), expected)
+
+    assert on_processes(2, tmp_path, work) == [0, 0], problems(tmp_path)

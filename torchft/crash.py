@@ -7,6 +7,7 @@ screen, for the launcher to print the first failing rank's last; `torchft/launch
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -43,7 +44,28 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
 def another_failed() -> bool:
     """Whether another process of this machine has written its error file: the launcher stops the rest because of it."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <attempt>/<local rank>/error.json
-    return bool(error_file) and any(Path(error_file).parent.parent.glob("*/error.json"))
+    return bool(error_file) and bool(set(Path(error_file).parent.parent.glob("*/error.json")) - {Path(error_file)})
+
+
+def leave_when_another_fails() -> None:
+    """From now on this process ends within a second or two of another one of this machine, wherever it is: most likely in a
+    collective that the other will never join. Where it stood goes into its error file, for the case that it was
+    this one that the others had been waiting for.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        threading.Thread(target=_watch, args=(error_file,), name="watch the others", daemon=True).start()
+
+
+def _watch(error_file: str) -> None:
+    while not another_failed():
+        time.sleep(1)
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    stack = "".join(traceback.format_stack(frame)).rstrip()
+    if os.path.exists(error_file):
+        return  # it is on its way out itself
+    write_error_file(error_file, "another process failed", "it left because another process failed", 1, stack)
+    os._exit(1)
 
 
 def describe(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> tuple[str, int]:
@@ -64,17 +86,19 @@ def raised_in_models(trace: TracebackType | None) -> bool:
     return frame is not None and Path(frame.f_code.co_filename).resolve().parent == MODELS
 
 
-def write_error_file(path: str, message: str, text: str, code: int) -> bool:
+def write_error_file(path: str, message: str, text: str, code: int, stack: str = "") -> bool:
     """Writes torchrun's error file; False if that fails.
 
     The format is torch.distributed.elastic.multiprocessing.errors.ErrorHandler's; `rank`, `time` and `exit_code` are
-    added for torchft/launch.py, because torchrun orders failures by whole seconds.
+    added for torchft/launch.py, because torchrun orders failures by whole seconds. `stack`: where a process stood that left
+    because of another.
     """
     now = time.time()
-    extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now, "rank": rank(), "exit_code": code}
+    extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now, "rank": rank(), "exit_code": code, "stack": stack}
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+        os.replace(f"{path}.new", path)  # others look for it at any time
     except OSError:
         return False
     return True

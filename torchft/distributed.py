@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from torchft.config import ModelConfig, OptimConfig, RunConfig
+from torchft.crash import leave_when_another_fails
 from torchft.data.loader import resolve_micro_batch_size
 from torchft.errors import ConfigError, UserError
 from torchft.modules import nf4
@@ -24,7 +25,8 @@ from torchft.modules.transformer import CausalLM
 from torchft.ranks import local_rank, rank, world_size
 
 T = TypeVar("T")
-HOST_TIMEOUT = timedelta(hours=24)  # a failed process ends the others at once, by way of the launcher
+HOST_TIMEOUT = timedelta(hours=24)  # a failed process ends the others at once, see crash.leave_when_another_fails
+STALLED = timedelta(minutes=10)  # for which the devices wait for one of them, before all fail
 FITS = 0.4  # share of a GPU's memory that a frozen base held whole may take
 
 
@@ -63,7 +65,8 @@ def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> No
         torch.cuda.set_device(local_rank())
     store = {} if world_size() > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     hook = sys.excepthook
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **store)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=STALLED, **store)
+    leave_when_another_fails()
     sys.excepthook = hook  # torch.distributed's own would keep to itself what torchft/crash.py prints before it leaves
     _host_group.append(dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
 

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,6 +25,8 @@ from torchft.names import find_recipe
 
 TORCHRUN_OPTIONS = ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
 USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
+WAITING = os.path.join("torch", "distributed")  # where a process stands that waits for others
+SAVING_SECONDS = "600"  # that a job which is told to stop may take for its last checkpoint; the cluster may grant less
 NO_RECIPE = f"no recipe is given; {USAGE}; `tune ls` lists the recipes"
 
 
@@ -34,6 +37,7 @@ class Failure(NamedTuple):
     time: float  # seconds since 1970
     text: str  # what to print: its traceback, or its error line
     exit_code: int
+    stack: str = ""  # of a process that left because of another: where it stood then
 
 
 def run(argv: list[str]) -> NoReturn:
@@ -133,6 +137,7 @@ def launch_config(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
             args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
         if processes > 1:  # without it torchrun takes 1 and prints a box about it
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)  # before torch 2.13 it is always 30 s
         return config_from_args(args)
     except (ValueError, RuntimeError, AssertionError) as error:  # what torchrun raises for impossible option values
         raise UserError(f"torchrun refuses these options: {error}") from None
@@ -141,15 +146,25 @@ def launch_config(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
 def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     """Prints the first failing rank's traceback as the last thing on the screen, and returns its exit code."""
     # Error files first: a rank that was stopped after it wrote one is among `failures` as ended by SIGTERM.
-    known = {failure.rank: failure for failure in read_error_files(log_dir)}
+    followers = {failure.rank: failure for failure in read_error_files(log_dir) if failure.stack}
+    known = {failure.rank: failure for failure in read_error_files(log_dir) if not failure.stack}
     for rank, failure in failures.items():
-        known.setdefault(rank, describe_failure(rank, failure))
-    first = min(known.values(), key=lambda failure: failure.time)
+        if rank not in followers:
+            known.setdefault(rank, describe_failure(rank, failure))
+    first = min((known or followers).values(), key=lambda failure: failure.time)
     others = sorted(rank for rank, failure in known.items() if rank != first.rank and failure.time < math.inf)
     more = f" (after it: rank {', '.join(map(str, others))})" if others else ""
     head = "" if first.text.startswith("error: ") else f"\nrank {first.rank} failed first{more}:\n"
-    print(head + first.text, file=sys.stderr, flush=True)
+    print(head + first.text + _who_was_missing(first, followers), file=sys.stderr, flush=True)
     return first.exit_code
+
+
+def _who_was_missing(first: Failure, followers: dict[int, Failure]) -> str:
+    """Where those stood that the first failure had waited for in vain, if it is one of waiting; "" if it is not."""
+    if not re.search(r"time(d )?out", first.text, re.IGNORECASE):
+        return ""
+    missing = [failure for failure in followers.values() if WAITING not in failure.stack.rpartition("  File ")[2]]
+    return "".join(f"\n\nrank {failure.rank} had not come; it stood at\n{failure.stack}" for failure in missing)
 
 
 def describe_failure(rank: int, failure: Any) -> Failure:
@@ -175,7 +190,9 @@ def read_error_files(log_dir: str) -> list[Failure]:
             continue
         try:
             extra = json.loads(path.read_text(encoding="utf-8"))["message"]["extraInfo"]
-            found.append(Failure(extra["rank"], extra["time"], extra["py_callstack"], extra["exit_code"]))
+            found.append(
+                Failure(extra["rank"], extra["time"], extra["py_callstack"], extra["exit_code"], extra.get("stack", ""))
+            )
         except (OSError, ValueError, KeyError, TypeError):
             continue  # half written by a process that was being stopped: its rank did not fail first
     return found

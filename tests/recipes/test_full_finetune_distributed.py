@@ -22,6 +22,7 @@ from torchft.adapter import probe_logits
 from torchft.data.loader import Loader
 from torchft.errors import ConfigError
 from torchft.models import build_model
+from torchft.modules import attention
 from torchft.modules.sharding import whole
 from torchft.names import RECIPES
 from torchft.parse import parse
@@ -323,3 +324,21 @@ def test_it_differs_from_the_lora_recipe_in_what_is_trained_alone() -> None:
     about = ("import", "tune run", "OptimConfig", "Train all", "# ", "load_tokenizer", "load_template", "dtype", "parts", "writer", "save_model")
     assert [line for line in added if not any(words in line for words in (*about, "saved", "try it"))] == []
     assert len(added) <= 30 and len(changed) <= 72
+
+
+def test_rope_stays_exact_in_bf16(small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M1: the angles' tables reach the blocks in fp32, whatever the blocks compute in."""
+    seen, original = [], attention.apply_rope
+
+    def spy(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        seen.append((x.dtype, cos.dtype, sin.dtype))
+        return original(x, cos, sin)
+
+    cfg = options(small_model, chat_data, tmp_path, "model.dtype=bfloat16", "run.max_steps=1", "model.activation_checkpointing=full")
+
+    def work(_: int) -> None:
+        monkeypatch.setattr(attention, "apply_rope", spy)
+        recipe.main(cfg)
+        assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
+
+    assert run_processes(1, work, tmp_path) == [0], problems(tmp_path)
