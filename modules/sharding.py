@@ -30,6 +30,8 @@ class ShardReport:
 
     def __str__(self) -> str:
         processes = self.num_parts * self.num_copies
+        if processes == 1:
+            return "1 process: nothing is divided"
         if self.base_whole:
             return f"each of {processes} process(es) holds the frozen base; {self.num_divided} trained tensors are divided"
         copies = f", {self.num_copies} copies" if self.num_copies > 1 else ""

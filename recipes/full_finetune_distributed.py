@@ -4,8 +4,8 @@
     tune run --nproc_per_node 8 full_finetune_distributed --config llama3_1/8B_full data.train=my.jsonl
     tune cp full_finetune_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/full
 
-Every weight is trained. FSDP2 divides the fp32 weights, their gradients and moments over the processes and gathers a block's
-weights in model.dtype while it computes. It is lora_distributed without adapters: `diff` the two. Every process runs all of
+Every weight is trained. FSDP2 divides the weights (in fp32; in bf16 with optim.name=adamw_bf16), their gradients and moments
+over the processes and gathers a block's weights in model.dtype while it computes. It is lora_distributed without adapters: `diff` the two. Every process runs all of
 this; what is printed and written comes from the first.
 The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy
 is yours to edit. Measured results: docs/RECORDS.md. Left out: adding tokens to the vocabulary.
@@ -39,6 +39,7 @@ from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
 from torchft.generate import Answer, answer_examples, exact_match, first_conversations
 from torchft.hf_checkpoint import fingerprint
+from torchft.in_backward import StepInBackward
 from torchft.launch import tune_command
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
@@ -46,7 +47,7 @@ from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.transformer import CausalLM
-from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
+from torchft.optim import build_optimizer, lr_at, norm_and_check, set_lr, step_optimizer
 from torchft.parse import parse
 from torchft.parts import PartsWriter, load_parts
 from torchft.profiling import ProfileWindow
@@ -109,15 +110,17 @@ def main(cfg: Config) -> None:
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     apply_activation_checkpointing(model, cfg.model.activation_checkpointing, cfg.model.offload_activations)
     compile_blocks(model, cfg.model.compile, device, log.print)
-    dtype = getattr(torch, cfg.model.dtype)  # to compute and export in; the weights that are trained are kept in fp32
-    log.print(str(divide(model, cfg.model, device, compute_dtype=dtype)))
+    dtype = getattr(torch, cfg.model.dtype)  # to compute and export in
+    kept = dtype if cfg.optim.name == "adamw_bf16" else torch.float32  # of the weights that are trained
+    log.print(str(divide(model, cfg.model, device, kept, dtype)))
     if cfg.model.weights == "random":
         log.print("WARNING: model.weights=random is for measuring; nothing will be exported")
-        random_weights(model, seed=run.seed, device=device, dtype=torch.float32)
+        random_weights(model, seed=run.seed, device=device, dtype=kept)
     else:
-        log.print(str(load_weights(model, path, device=device, dtype=torch.float32)))
+        log.print(str(load_weights(model, path, device=device, dtype=kept)))
     params = trainable_parameters(model)
-    optimizer = build_optimizer(params, cfg.optim)
+    optimizer = build_optimizer(params, cfg.optim, run.seed)
+    updates = StepInBackward(params, optimizer) if cfg.optim.in_backward else None
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     with node_leader_first():
@@ -152,17 +155,22 @@ def main(cfg: Config) -> None:
     stop = StopSignal()  # from here on there is something to save
     for step in range(first_step, loader.total_steps + 1):
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
+        lr = lr_at(step - 1, loader.total_steps, cfg.optim)
+        set_lr(optimizer, lr)
         loss = torch.zeros((), device=device)
         for batch in batches:
             micro_loss = batch_loss(model, batch.to(device))
-            (micro_loss * world_size() / supervised).backward()  # FSDP2 takes the mean over processes; the sum is meant
+            mean = micro_loss * world_size() / supervised  # FSDP2 takes the mean over processes; the sum is meant
+            if updates:  # optim.in_backward: each weight's step and zero_grad happen in here
+                grad_norm, found_inf = updates.backward(mean)
+            else:
+                mean.backward()
             loss += micro_loss.detach()
         sum_over_processes(loss)
-        grad_norm, found_inf = clip_and_check(params, cfg.optim.max_grad_norm, loss)
-        lr = lr_at(step - 1, loader.total_steps, cfg.optim)
-        set_lr(optimizer, lr)
-        step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
-        optimizer.zero_grad()
+        if not updates:
+            grad_norm, found_inf, clip = norm_and_check(params, cfg.optim.max_grad_norm, loss)
+            step_optimizer(optimizer, found_inf, clip)  # a step that is not finite is skipped, and the log stops the run
+            optimizer.zero_grad()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 

@@ -144,6 +144,8 @@ def main(cfg: Config) -> None:
     stop = StopSignal()  # from here on there is something to save
     for step in range(first_step, loader.total_steps + 1):
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
+        lr = lr_at(step - 1, loader.total_steps, cfg.optim)
+        set_lr(optimizer, lr)
         loss = torch.zeros((), device=device)
         for batch in batches:
             micro_loss = batch_loss(model, batch.to(device))
@@ -152,8 +154,6 @@ def main(cfg: Config) -> None:
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)
         grad_norm, found_inf = clip_and_check(params, cfg.optim.max_grad_norm, loss)
-        lr = lr_at(step - 1, loader.total_steps, cfg.optim)
-        set_lr(optimizer, lr)
         step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
         optimizer.zero_grad()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)

@@ -21,8 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torchft import parts
 from torchft.config import ModelConfig, OptimConfig, RunConfig
 from torchft.distributed import join_processes, leave_processes
-from torchft.modules.sharding import whole
+from torchft.modules.compiler import missing_compiler
+from torchft.modules.sharding import gathered, whole
 from torchft.optim import build_optimizer, clip_and_check, step_optimizer
+from torchft.optimizer_state import flatten_optimizer
 from torchft.parts import PartsWriter, load_parts
 from torchft.ranks import rank, world_size
 from torchft.run_dir import checkpoints, verify_checkpoint
@@ -284,3 +286,51 @@ def test_random_states_are_restored(tmp_path: Path) -> None:
         assert torch.equal(torch.rand(3), expected)
 
     assert on_processes(2, tmp_path, work) == [0, 0], problems(tmp_path)
+
+
+@pytest.mark.skipif(bool(missing_compiler(torch.device("cpu"))), reason="8-bit AdamW needs a C compiler")
+def test_8_bit_states_on_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are whole blocks on both sides, codes and scales stay what they are; here on 2, 1 and 4 processes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+    class Run8(Run):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.model = nn.Sequential(nn.Linear(256, 90, bias=False), nn.Linear(90, 3))
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (world_size(),)))
+            self.params = dict(self.model.named_parameters())
+            self.optimizer = build_optimizer(self.params, OptimConfig(name="adamw_8bit", lr=0.1))
+
+        def step(self) -> "Run8":
+            loss = self.model(torch.ones(3, 256)).square().mean()
+            loss.backward()
+            step_optimizer(self.optimizer, clip_and_check(self.params, 0.0, loss)[1])
+            self.optimizer.zero_grad()
+            return self
+
+        def states(self) -> dict[str, torch.Tensor]:
+            tensors, _ = flatten_optimizer(self.optimizer, self.params)
+            return tensors | {name: gathered(param.detach()) for name, param in self.params.items()}
+
+    def save() -> None:
+        run, writer = Run8().step().step(), PartsWriter(tmp_path / "out")
+        run.save(writer, 2)
+        states = run.states()
+        writer.wait()
+        if rank() == 0:
+            assert states["0.weight/exp_avg/codes"].dtype == torch.uint8  # else this would show nothing
+            save_file({name: tensor.contiguous() for name, tensor in states.items()}, tmp_path / "whole.safetensors")
+
+    def load() -> None:
+        run = Run8()
+        run.load(tmp_path / "out/step_000002")
+        found = run.states()
+        if rank() == 0:
+            expected = load_file(tmp_path / "whole.safetensors")
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name].flatten(), tensor.flatten()) for name, tensor in expected.items())
+        run.step()
+
+    assert on_processes(2, tmp_path / "save", save) == [0, 0], problems(tmp_path / "save")
+    for count in (1, 2, 4):
+        assert on_processes(count, tmp_path / f"{count}", load) == [0] * count, problems(tmp_path / f"{count}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,23 @@ def test_logits_are_compared_where_memory_allows(base: Path, tmp_path: Path, mon
     with pytest.raises(UserError, match="its logits differ from the trained model's"):
         save(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_at_most_one_file_is_held(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K10: the tensors handed to each write are gone before the next ones are gathered."""
+    alive: list[weakref.ref] = []
+    counts = []
+    gather, write = save_model_module._gathered_as, model_dir.save_safetensors
+
+    def counted(*args: object) -> torch.Tensor:
+        counts.append(sum(ref() is not None for ref in alive))
+        return gather(*args)
+
+    def watched(tensors: dict[str, torch.Tensor], *args: object) -> None:
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        write(tensors, *args)
+
+    monkeypatch.setattr(save_model_module, "_gathered_as", counted)
+    monkeypatch.setattr(model_dir, "save_safetensors", watched)
+    save(base, tmp_path / "out", max_shard_bytes=3_000_000)
+    assert len(alive) > 30 and set(counts) == {0}

@@ -192,6 +192,8 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
         *_in_backward_rules(values),
+        (values.get("optim.name") == "adamw_bf16" and values.get("model.dtype", "bfloat16") != "bfloat16", "optim.name",
+         "is adamw_bf16, which keeps weights in bf16: set model.dtype=bfloat16, or optim.name=adamw"),
         (values.get("optim.name") == "adamw_bf16" and "lora.rank" in values, "optim.name",
          "is adamw_bf16, for models that are trained whole in bf16, and adapters are kept in fp32: use adamw or adamw_8bit"),
         (bool(values.get("lora.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,

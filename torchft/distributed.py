@@ -82,14 +82,17 @@ _host_group: list[dist.ProcessGroup] = []  # one, between join_processes and lea
 
 
 def divide(
-    model: CausalLM, cfg: ModelConfig, device: torch.device, compute_dtype: torch.dtype | None = None
+    model: CausalLM, cfg: ModelConfig, device: torch.device, kept: torch.dtype | None = None, computed: torch.dtype | None = None
 ) -> ShardReport:
     """Divide a model on meta as `model.shard` says: over all processes, over groups of n of them, or by what fits.
 
     auto: a frozen base that takes at most 40% of the GPU stays whole on each process, else (and on CPUs, which share one
-    memory, and where all is trained) it is divided over all. `compute_dtype`: see shard_model.
+    memory, and where all is trained) it is divided over all. `kept`, `computed`: dtypes of a model trained whole, as it lies
+    and as it is gathered to compute with.
     """
     world = world_size()
+    if world == 1 and kept is not None and kept == computed:
+        return ShardReport(1, 1, 0, (), False)  # FSDP2 would copy every weight for nothing
     parts = int(cfg.shard) if cfg.shard.isdecimal() else world
     base_whole = False
     if not all(param.requires_grad for param in model.parameters()):
@@ -98,7 +101,7 @@ def divide(
         parts = world if base_whole else parts
     shape, names = ((world,), ("shard",)) if parts == world else ((world // parts, parts), ("copies", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return shard_model(model, mesh, base_whole=base_whole, compute_dtype=compute_dtype)
+    return shard_model(model, mesh, base_whole=base_whole, compute_dtype=computed)
 
 
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:

@@ -35,23 +35,27 @@ def plain_name(name: str) -> str:
 
 
 def flatten_optimizer(
-    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], gather: bool = True
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """The state as tensors by name, and which 8-bit states are signed. Hyperparameters are the config's, not saved.
+    """The state as whole tensors by name, and which 8-bit states are signed; on processes but the first, empty ones."""
+    tensors, signed = flat_states(optimizer, params)
+    return {name: gathered(tensor) for name, tensor in tensors.items()}, signed
 
-    `gather=False`: those of divided parameters stay divided, as plain DTensors.
-    """
+
+def flat_states(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """The same as it lies: divided as the parameters are. Hyperparameters are the config's, not saved."""
     tensors: dict[str, Tensor] = {}
     signed: dict[str, bool] = {}
-    kept = gathered if gather else lambda tensor: tensor
     for name, param in params.items():
         for key, value in optimizer.state.get(param, {}).items():
             full_name = f"{plain_name(name)}/{key}"
             if type(local(value)) is Tensor:
-                tensors[full_name] = kept(value)
+                tensors[full_name] = value
             else:
                 parts, signed[full_name] = split_8bit(value)
-                tensors |= {f"{full_name}/{part}": kept(tensor) for part, tensor in parts.items()}
+                tensors |= {f"{full_name}/{part}": tensor for part, tensor in parts.items()}
     return tensors, signed
 
 
@@ -66,12 +70,32 @@ def unflatten_optimizer(
     Raises UserError naming the first state that belongs to no parameter, is incomplete or has another shape; nothing
     has been changed then.
     """
-    states = _by_parameter(tensors, signed, [plain_name(name) for name in params])
-    _check_complete(states, {plain_name(name): param for name, param in params.items()})
-    names = {param: plain_name(name) for name, param in params.items()}
-    place = _cut_8bit if type(optimizer).__name__ == "AdamW8bit" else _cut
-    for param, name in names.items():
+    by_name = {plain_name(name): param for name, param in params.items()}
+    put_states(optimizer, by_name, placed_states(optimizer, by_name, tensors, signed))
+
+
+def placed_states(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], tensors: dict[str, Tensor], signed: dict[str, bool]
+) -> dict[str, dict[str, Tensor]]:
+    """Parameter (by plain name) -> state -> tensor laid out as the parameter, from whole tensors. Raises UserError."""
+    states = _by_parameter(tensors, signed, list(params))
+    check_states(states, params)
+    place = _cut_8bit if in_8_bits(optimizer) else _cut
+    for name, param in params.items():
         states[name] = {key: value if key == "step" else place(key, value, param) for key, value in states[name].items()}
+    return states
+
+
+def in_8_bits(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torchao's."""
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
+def put_states(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], states: dict[str, dict[str, Tensor]]
+) -> None:
+    """Make these states, by plain name and laid out as the parameters, those of `optimizer`."""
+    names = {param: name for name, param in params.items()}
     in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
     by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
     # load_state_dict moves each tensor to where this optimizer wants it: the step counter too, on CPU for torchao.
@@ -95,8 +119,8 @@ def _by_parameter(tensors: dict[str, Tensor], signed: dict[str, bool], names: li
     return states
 
 
-def _check_complete(states: dict[str, dict[str, Any]], params: dict[str, nn.Parameter]) -> None:
-    """Every parameter has all of AdamW's states (or, never stepped, none), the moments in its shape."""
+def check_states(states: dict[str, dict[str, Any]], params: dict[str, nn.Parameter]) -> None:
+    """Raises UserError unless every parameter has all of AdamW's states (or, never stepped, none), the moments in its shape."""
     for name, state in states.items():
         if state and set(state) != {"step", "exp_avg", "exp_avg_sq"}:
             raise UserError(f"optimizer state of {name} has {sorted(state)}, not step, exp_avg and exp_avg_sq")
@@ -133,13 +157,9 @@ def join_8bit(parts: dict[str, Tensor], signed: bool) -> Tensor:
     """What `split_8bit` took apart, as it was."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    _check_parts(parts)
-    return OptimState8bit(parts["codes"], parts["scale"].flatten(), parts["qmap"], signed, dtype=torch.float32)
-
-
-def _check_parts(parts: dict[str, Tensor]) -> None:
     if set(parts) != set(PARTS_8BIT):
         raise UserError(f"an 8-bit optimizer state has the parts {sorted(parts)}, not {sorted(PARTS_8BIT)}")
+    return OptimState8bit(parts["codes"], parts["scale"].flatten(), parts["qmap"], signed, dtype=torch.float32)
 
 
 def _cut(key: str, value: Tensor, param: Tensor) -> Tensor:
@@ -151,53 +171,17 @@ def _cut_8bit(key: str, value: Tensor, param: Tensor) -> Tensor:
     """The same for torchao's AdamW: in 8 bits where that has them for this parameter, else in fp32."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    if not isinstance(value, OptimState8bit):
-        return _quantised(key, cut(value, param), param)
-    return _placed_8bit(key, {"codes": cut(value.codes, param), "scale": value.scale, "qmap": value.qmap}, param)
-
-
-def laid_out(optimizer: torch.optim.Optimizer, held: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    """The states of one parameter as this optimizer has them: "exp_avg" -> a tensor divided as `param`.
-
-    `held`, named as `flatten_optimizer` does behind the parameter ("exp_avg", or "exp_avg/codes", ...), has everything
-    divided as `param` that has its shape, and the rest whole; it may come from another number of processes.
-    """
-    states: dict[str, Any] = {}
-    for full_key, tensor in held.items():
-        key, _, part = full_key.partition("/")
-        states[key] = states.get(key, {}) | {part: tensor} if part else tensor
-    if type(optimizer).__name__ != "AdamW8bit":
-        return states
-    return {
-        key: _placed_8bit(key, value, param) if isinstance(value, dict) else value if key == "step" else _quantised(key, value, param)
-        for key, value in states.items()
-    }
-
-
-def _placed_8bit(key: str, parts: dict[str, Tensor], param: Tensor) -> Tensor:
-    """An 8-bit state from codes that are divided as `param`, and a whole scale; in fp32 where parts have no whole blocks."""
-    _check_parts(parts)
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    codes, first = local(parts["codes"]), rows_held(param).start * (param.numel() // max(1, param.shape[0]))
-    scale, qmap = (parts[name].to(codes.device) for name in ("scale", "qmap"))
-    if blocks_fit(param):
-        mine = scale.flatten()[first // BLOCK : (first + codes.numel()) // BLOCK].clone()
-        part = OptimState8bit(codes, mine, qmap, key == "exp_avg", torch.float32)
-    else:
-        blocks = torch.arange(first, first + codes.numel(), device=codes.device) // BLOCK
-        part = (qmap[codes.flatten().int()] * scale.flatten()[blocks]).view(codes.shape)
-    return divided_like(part, param)
-
-
-def _quantised(key: str, value: Tensor, param: Tensor) -> Tensor:
-    """A fp32 state, divided as `param`, in 8 bits where torchao's AdamW has it so."""
-    from torchao.optim.subclass_8bit import OptimState8bit
-
+    in_8bit = isinstance(value, OptimState8bit)
     if not blocks_fit(param):
-        return value
-    held = local(value)
-    return divided_like(OptimState8bit.zeros(held.shape, key == "exp_avg", BLOCK, held.device, held.dtype).copy_(held), param)
+        return cut(value.dequantize() if in_8bit else value, param)
+    if in_8bit:
+        rows, width = rows_held(param), param.numel() // param.shape[0]
+        blocks = slice(rows.start * width // BLOCK, rows.stop * width // BLOCK)
+        part = OptimState8bit(value.codes[rows].clone(), value.scale[blocks].clone(), value.qmap, value.signed, value.dtype)
+    else:
+        held = local(cut(value, param))
+        part = OptimState8bit.zeros(held.shape, key == "exp_avg", BLOCK, held.device, held.dtype).copy_(held)
+    return divided_like(part, param)
 
 
 def get_rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

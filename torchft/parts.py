@@ -43,7 +43,7 @@ from torchft.distributed import HOST_TIMEOUT, from_all, from_main, highest
 from torchft.errors import UserError
 from torchft.model_dir import available_memory
 from torchft.modules.sharding import local
-from torchft.optimizer_state import flatten_optimizer, laid_out, plain_name
+from torchft.optimizer_state import check_states, flat_states, in_8_bits, placed_states, plain_name, put_states
 from torchft.ranks import rank
 from torchft.run_dir import FORMAT_OF_PARTS, checkpoint_path, prune, remove_leftovers, verify_checkpoint
 
@@ -78,9 +78,11 @@ class PartsWriter:
         Raises UserError if the save before could not be written.
         """
         self.wait()
-        tensors = _live_tensors(params, optimizer)
+        states, signed = flat_states(optimizer, params)
+        tensors = {PARAMS + plain_name(name): param.detach() for name, param in params.items()}
+        tensors |= {OPTIMIZER + name: tensor for name, tensor in states.items()}
         generators, numbers = all_generators()
-        values = state_values(state, config, optimizer) | {"rng": numbers}
+        values = state_values(state, config, optimizer) | {"rng": numbers, "signed": signed}
         facts = manifest_facts(FORMAT_OF_PARTS, step, valid_loss)
         copied = not highest(int(_bytes_held(tensors) * 1.2 > available_memory() / _processes_here()))
         staged = _copied(tensors) if copied else tensors
@@ -140,12 +142,18 @@ def load_parts(
         for name, info in reader.read_metadata().state_dict_metadata.items()
     }
     by_name = {plain_name(name): param for name, param in params.items()}
-    check_params(path, {name.removeprefix(PARAMS): t for name, t in saved.items() if name.startswith(PARAMS)}, by_name)
+    in_params, in_optimizer = (
+        {name.removeprefix(group): like for name, like in saved.items() if name.startswith(group)} for group in (PARAMS, OPTIMIZER)
+    )
+    check_params(path, in_params, by_name)
     targets = {PARAMS + name: param.detach() for name, param in by_name.items()}
-    states = _empty_states(path, saved, by_name)
-    targets |= {f"{OPTIMIZER}{name}/{key}": tensor for name, held in states.items() for key, tensor in held.items()}
+    if in_8_bits(optimizer):
+        states = _read_8bit(reader, in_optimizer, values["signed"], by_name, optimizer)
+    else:
+        states = _empty_states(in_optimizer, by_name)
+        targets |= {f"{OPTIMIZER}{name}/{key}": tensor for name, held in states.items() for key, tensor in held.items()}
     dcp.load(targets, storage_reader=reader)
-    _put_states(optimizer, by_name, states)
+    put_states(optimizer, by_name, states)
     restore_generators(load_file(path / RNG_FILE), values["rng"], step)
     return values["state"] | {"step": step}
 
@@ -170,12 +178,6 @@ def _require_shared(out: Path) -> None:
             f"run.out={out} of process 0 is not there for process(es) {', '.join(map(str, blind))}: each writes its part of "
             "a checkpoint, so name a directory on a file system that all nodes share"
         )
-
-
-def _live_tensors(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {PARAMS + plain_name(name): param.detach() for name, param in params.items()}
-    states, _ = flatten_optimizer(optimizer, params, gather=False)
-    return tensors | {OPTIMIZER + name: tensor for name, tensor in states.items()}
 
 
 def _bytes_held(tensors: dict[str, Tensor]) -> int:
@@ -220,31 +222,33 @@ def _plain_errors() -> Iterator[None]:
         raise
 
 
-def _empty_states(path: Path, saved: dict[str, Tensor], params: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """Parameter -> state -> a tensor to read it into: divided as the parameter where it has its shape."""
+def _empty_states(saved: dict[str, Tensor], params: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Parameter -> state -> a tensor to read it into, divided as the parameter where it has its shape."""
     states: dict[str, dict[str, Tensor]] = {name: {} for name in params}
     for full_name, like in saved.items():
-        if not full_name.startswith(OPTIMIZER):
-            continue
-        name, _, key = full_name.removeprefix(OPTIMIZER).partition("/")  # of 8 bits: exp_avg/codes
+        name, _, key = full_name.rpartition("/")
         if name not in params:
-            raise UserError(f"{path}: optimizer state {full_name} belongs to no trained parameter of this run")
-        if like.shape == params[name].shape:
-            states[name][key] = torch.empty_like(params[name].detach(), dtype=like.dtype)
-        else:
-            states[name][key] = torch.empty(like.shape, dtype=like.dtype)
-    keys = {frozenset(key.partition("/")[0] for key in held) for held in states.values()}
-    if len(keys) > 1:
-        name = min(states, key=lambda name: len(states[name]))
-        raise UserError(f"{path}: the optimizer state of {name} is not complete")
+            raise UserError(f"optimizer state {full_name} belongs to no trained parameter of this run")
+        divided = like.shape == params[name].shape
+        shape = params[name].detach() if divided else torch.empty(like.shape)
+        states[name][key] = torch.empty_like(shape, dtype=like.dtype)
+    check_states(states, params)
     return states
 
 
-def _put_states(
-    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], states: dict[str, dict[str, Tensor]]
-) -> None:
-    names = {param: name for name, param in params.items()}
-    in_group_order = [param for group in optimizer.param_groups for param in group["params"]]
-    laid = {param: laid_out(optimizer, states[names[param]], param) for param in in_group_order}
-    by_index = {index: laid[param] for index, param in enumerate(in_group_order) if laid[param]}
-    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+def _read_8bit(
+    reader: dcp.HuggingFaceStorageReader,
+    saved: dict[str, Tensor],
+    signed: dict[str, bool],
+    params: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, dict[str, Tensor]]:
+    """The same, filled: parameter by parameter whole, because blocks of 8 bits are cut in a way of their own."""
+    states = {}
+    for name, param in params.items():
+        mine = {full: like for full, like in saved.items() if full.rpartition("/")[0] == name or full.startswith(f"{name}/exp_")}
+        tensors = {full: torch.empty(like.shape, dtype=like.dtype) for full, like in mine.items()}
+        dcp.load({OPTIMIZER + full: tensor for full, tensor in tensors.items()}, storage_reader=reader)
+        kinds = {full: is_signed for full, is_signed in signed.items() if full.rpartition("/")[0] == name}
+        states |= placed_states(optimizer, {name: param}, tensors, kinds)
+    return states

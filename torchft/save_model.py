@@ -81,10 +81,7 @@ def save_model(
         if main:
             check_space(folder, num_bytes)
         for file, names in shards.items():
-            tensors = {name: _gathered_as(weights[name], dtype) for name in names}
-            if main:
-                _check_finite(tensors, dtype)
-                write_shard(folder / file, tensors, {"format": "pt"})
+            _write_file(folder / file, {name: weights[name] for name in names}, dtype)
         trained = probe_logits(model)  # all processes take part
         error = None
         if main:
@@ -102,6 +99,14 @@ def _weights(model: CausalLM, base_path: Path) -> dict[str, Tensor]:
     order = [name for name in open_checkpoint(base_path).tensors if name in params]
     assert len(order) == len(params), sorted(params.keys() - set(order))
     return {name: params[name] for name in order}
+
+
+def _write_file(file: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Gather, write and read back one file; its tensors are gone when this returns."""
+    tensors = {name: _gathered_as(weight, dtype) for name, weight in weights.items()}
+    if rank() == 0:
+        _check_finite(tensors, dtype)
+        write_shard(file, tensors, {"format": "pt"})
 
 
 def _gathered_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
