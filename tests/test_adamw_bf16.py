@@ -182,8 +182,9 @@ def test_clipping_within_the_update_is_clipping() -> None:
         step_optimizer(optimizers[2], GO)
     assert same(snapshot(ours, optimizers[0]), snapshot(theirs, optimizers[1]))
     # AdamW hardly sees a constant factor on gradients, but its moments do.
-    first, unclipped = (o.state[p["a.weight"]]["exp_avg"].float().norm() for o, p in zip(optimizers[::2], (ours, loose), strict=True))
-    assert first < 0.05 * unclipped
+    pairs = ((optimizers[0], ours), (optimizers[2], loose))
+    clipped, unclipped = (optimizer.state[params["a.weight"]]["exp_avg"].float().norm() for optimizer, params in pairs)
+    assert clipped < 0.05 * unclipped
 
 
 def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16() -> None:
@@ -197,7 +198,7 @@ def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16() -> None:
 def test_groups_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params()
     assert [group["weight_decay"] for group in build(params).param_groups] == [0.1, 0.0]
-    with pytest.raises(ConfigError, match="adamw_bf16 trains parameters in torch.bfloat16, and a is in torch.float32: use adamw or"):
+    with pytest.raises(ConfigError, match="adamw_bf16 trains .* in torch.bfloat16, and a is in torch.float32: use adamw or"):
         build({"a": nn.Parameter(torch.zeros(2))})
     monkeypatch.setitem(sys.modules, "torchft.kernels.adamw", None)
     with pytest.raises(UserError, match="adamw_bf16, which needs .*: install it, or set optim.name=adamw"):

@@ -64,6 +64,12 @@ def test_validate_of_a_model_trained_whole(workplace, capsys):
         assert out.startswith(f"config  ok: {arguments[0]}, for full_finetune_distributed\n")
         assert f"model   ok: {total:,} parameters, {total:,} of them trained" in out
         assert f"0.0 MiB for frozen weights, {16 * total / 2**20:.1f} MiB for what is trained" in out
+    for options, taken in {
+        ("optim.name=adamw_bf16",): 8,
+        ("optim.in_backward=true", "optim.max_grad_norm=0", "run.global_batch_size=1"): 12,
+    }.items():
+        cli.main(["validate", "my_full.yaml", *options])
+        assert f"{taken * total / 2**20:.1f} MiB for what is trained" in capsys.readouterr().out
     assert shape.tie_word_embeddings and "LoRA" not in out
     with pytest.raises(SystemExit):
         cli.main(["validate", "my_full.yaml", "lora.rank=4"])

@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wa
 GIB = 2**30
 INDENT = " " * 8
 NF4_BYTES = 0.5 + 1 / 64 + 2 / (64 * 256)  # per weight: a code, an int8 scale per 64, a bf16 scale of those per 256
-TRAINED_BYTES = 4 * 4  # per trained parameter: fp32 value, gradient and AdamW's two moments
-SAVED_BYTES = 3 * 4  # per trained parameter and checkpoint: the same without the gradient
+# Per trained parameter: (value and AdamW's two moments, gradient), by optim.name.
+TRAINED_BYTES = {"adamw": (12, 4), "adamw_8bit": (6, 4), "adamw_bf16": (6, 2)}
 
 
 @dataclass
@@ -142,10 +142,11 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
     for line in reports:
         print(textwrap.indent(line, INDENT))
     frozen = size(frozen_bytes(model, cfg.model.dtype))
-    trained_size = size(trained * TRAINED_BYTES)
+    saved_bytes, gradient_bytes = TRAINED_BYTES[cfg.optim.name]
+    trained_size = size(trained * (saved_bytes + gradient_bytes * (not cfg.optim.in_backward)))
     print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
-    check_disk(Path(cfg.run.out), trained * SAVED_BYTES * (cfg.run.keep_last + 2))
+    check_disk(Path(cfg.run.out), trained * saved_bytes * (cfg.run.keep_last + 2))
 
 
 def _device() -> "torch.device":

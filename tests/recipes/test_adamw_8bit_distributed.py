@@ -4,7 +4,9 @@ torch.compile is left out of all but one test: torchao's update is the same op b
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from torchft.errors import ConfigError
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.sharding import local
 from torchft.optim import blocks_fit, build_optimizer, clip_and_check, set_lr, step_optimizer
+from torchft.parts import PartsWriter, load_parts
 from torchft.ranks import rank, world_size
 from torchft.recipes import lora_distributed, lora_single_device
 
@@ -79,9 +82,9 @@ class Run:
         return self
 
 
-def on(processes: int, work, folder: Path):  # noqa: ANN001, ANN201 the result is what `work` returns
-    """What `work()` gives on the first of so many processes; on 1, this one, nothing is divided."""
-    if processes == 1:
+def on(processes: int, work: Callable[[], Any], folder: Path, divided: bool = False) -> Any:
+    """What `work()` gives on the first of so many processes; on 1, this one, nothing is divided unless `divided`."""
+    if processes == 1 and not divided:
         return work()
 
     def joined(number: int) -> None:
@@ -172,6 +175,29 @@ def decoded(saved: dict[str, Tensor], key: str) -> Tensor:
     return (saved[f"{key}/qmap"][codes.int()].view(-1, 256) * scale[:, None]).view(codes.shape)
 
 
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 2), (2, 1)])
+def test_checkpoints_in_parts_hold_them_too(before: int, after: int, at_step_3: dict[int, Path], tmp_path: Path) -> None:
+    """As the full recipe writes them: loaded, they give what a whole checkpoint of the same run gives there."""
+
+    def write() -> None:
+        run, writer = Run().train(0, 3), PartsWriter(tmp_path / "parts")
+        writer.save(3, params=run.params, optimizer=run.optimizer, state={}, config={}, keep_last=9)
+        writer.wait()
+
+    def read() -> Path:
+        run = Run(seed=9)
+        load_parts(tmp_path / "parts/step_000003", params=run.params, optimizer=run.optimizer, unchanged={})
+        return run.save(tmp_path / "from_parts", 3)
+
+    on(before, write, tmp_path / "write", divided=True)
+    got = file_of(on(after, read, tmp_path / "read", divided=True))
+    work = lambda: Run(seed=9).load(at_step_3[before]).save(tmp_path / "whole", 3)  # noqa: E731
+    expected = file_of(on(after, work, tmp_path / "other", divided=True))
+    assert got.keys() == expected.keys() and any(name.endswith("/codes") for name in got)
+    for name, tensor in got.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_a_non_finite_step_is_skipped_on_all(tmp_path: Path) -> None:
     def work() -> tuple[dict, dict]:
         run = Run().train(0, 1)
@@ -215,13 +241,7 @@ def test_torchaos_compiled_update_takes_divided_states(tmp_path: Path, monkeypat
             results.append(params["0.weight"].detach().full_tensor().clone())
         return torch.stack(results)
 
-    def joined(number: int) -> None:
-        join_processes(ModelConfig(), OptimConfig(), RunConfig())
-        torch.save(work(), tmp_path / "result.pt")
-        leave_processes()
-
-    assert run_processes(1, joined, tmp_path) == [0], problems(tmp_path)
-    with_compiler, without = torch.load(tmp_path / "result.pt")
+    with_compiler, without = on(1, work, tmp_path, divided=True)
     assert (with_compiler - 0.5).abs().max() > 1e-3
     torch.testing.assert_close(with_compiler, without, rtol=0, atol=1e-4)  # a code may fall to the other side
 
@@ -231,7 +251,8 @@ def test_lora_trains_and_continues_with_it(small_model: Path, chat_data: Path, t
     lora_single_device.main(options(small_model, chat_data, tmp_path / "one", *more))
     for out, steps in (("straight", (4,)), ("stopped", (2, 4))):
         for last in steps:
-            cfg = options(small_model, chat_data, tmp_path / out, *more, f"run.max_steps={last}", "run.resume=auto", "optim.schedule=constant")
+            more_still = (f"run.max_steps={last}", "run.resume=auto", "optim.schedule=constant")
+            cfg = options(small_model, chat_data, tmp_path / out, *more, *more_still)
             codes = run_processes(2, lambda _: lora_distributed.main(cfg), tmp_path / out)  # noqa: B023
             assert codes == [0, 0], problems(tmp_path / out)
     files = [tmp_path / out / "step_000004/optimizer.safetensors" for out in ("straight", "stopped")]
@@ -246,5 +267,6 @@ def test_what_needs_one_process_is_refused_on_two(monkeypatch: pytest.MonkeyPatc
 
 
 def test_whole_blocks_by_hand() -> None:
-    for shape, fits in {(16, 256): True, (15, 256): False, (4096,): True, (4095,): False, (100, 41): False, (0, 256): False}.items():
+    shapes = {(16, 256): True, (15, 256): False, (4096,): True, (4095,): False, (100, 41): False, (0, 256): False}
+    for shape, fits in shapes.items():
         assert blocks_fit(torch.empty(shape)) == fits, shape
