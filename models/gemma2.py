@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "Gemma-2-27B": _size(4608, 46, 32, 36864, head_dim=128, query_pre_attn_scalar=144),
 }
 
-INERT = frozenset({"cache_implementation"})  # of transformers' generation
+INERT = frozenset({"cache_implementation", "sliding_window_size"})  # of transformers' generation; an old name for the window
 
 
 def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:

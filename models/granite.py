@@ -12,7 +12,7 @@ from torchft.models.shapes import read_shape
 from torchft.modules.transformer import TransformerConfig
 
 
-def _size(hidden: int, intermediate: int, attention_multiplier: float, logits_scaling: float) -> dict[str, Any]:
+def _size(hidden: int, intermediate: int, vocab: int, attention_multiplier: float, logits_scaling: float) -> dict[str, Any]:
     """A row as the fields of a config.json."""
     return {
         "architectures": ["GraniteForCausalLM"],
@@ -22,7 +22,7 @@ def _size(hidden: int, intermediate: int, attention_multiplier: float, logits_sc
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "intermediate_size": intermediate,
-        "vocab_size": 49155,
+        "vocab_size": vocab,
         "max_position_embeddings": 131072,
         "rope_theta": 10000000.0,
         "rms_norm_eps": 1e-5,
@@ -34,10 +34,12 @@ def _size(hidden: int, intermediate: int, attention_multiplier: float, logits_sc
     }
 
 
-# Released sizes of 3.2: hidden, intermediate, attention multiplier, logits scaling. Each row is a whole config.json.
+# Released sizes: hidden, intermediate, vocabulary, attention multiplier, logits scaling. Each row is a whole config.json.
 SIZES: dict[str, dict[str, Any]] = {
-    "Granite-3.2-2B": _size(2048, 8192, 0.015625, 8.0),
-    "Granite-3.2-8B": _size(4096, 12800, 0.0078125, 16.0),
+    "Granite-3.2-2B": _size(2048, 8192, 49155, 0.015625, 8.0),
+    "Granite-3.2-8B": _size(4096, 12800, 49155, 0.0078125, 16.0),
+    "Granite-3.3-2B": _size(2048, 8192, 49159, 0.015625, 8.0),
+    "Granite-3.3-8B": _size(4096, 12800, 49159, 0.0078125, 16.0),
 }
 
 

@@ -2,8 +2,9 @@
 
 Checkpoint notes: `qkv_proj` holds the rows of q, then k, then v; `gate_up_proj` those of gate, then up. They stay as they are: an
 adapter on them is one adapter, as in PEFT. The 128k models rotate by other frequencies beyond
-`original_max_position_embeddings` (LongRoPE, https://arxiv.org/abs/2402.13753), Phi-4-mini only 3/4 of each head. Phi-4-mini
-and Phi-4-multimodal's text are tied; Phi-3-small and the mixtures are other architectures.
+`original_max_position_embeddings` (LongRoPE, https://arxiv.org/abs/2402.13753); Phi-4-mini rotates 3/4 of each head, and is tied.
+ Phi-3-small, Phi-4-multimodal and the mixtures are other architectures. In generation a text counts as long as it may
+become, prompt and all answer tokens, so that all its keys rotate alike.
 Source: transformers, models/phi3/modeling_phi3.py; https://arxiv.org/abs/2404.14219.
 """
 
@@ -44,8 +45,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "Phi-4-mini": _size(3072, 32, 24, 8, 8192, vocab_size=200064, partial_rotary_factor=0.75, tie_word_embeddings=True),
 }
 
-INERT = frozenset({"attention_bias"})  # stands in the files; nothing reads it, and no linear has a bias
-UNUSED = ("resid_pdrop", "embd_pdrop")  # dropout of the original training
+# In the released files, and read by nothing: `auto_map` names an older copy of the same code, which is never run.
+INERT = frozenset({"attention_bias", "auto_map", "full_attn_mod", "interpolate_factor"})
+ABSENT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "mlp_bias": False, "lm_head_bias": False}  # what the block does not have
 
 
 def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
@@ -57,9 +59,9 @@ def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
     if shape["rope"].kind not in ("default", "longrope"):
         raise fields.fail("rope_scaling, type", shape["rope"].kind, "'default' or 'longrope'")
     window = read_window(fields, None)
-    for key in UNUSED:
-        if fields.take(key, 0.0) != 0:
-            raise fields.fail(key, hf[key], "0.0: dropout in the base model is not implemented")
+    for key, nothing in ABSENT.items():
+        if fields.take(key, nothing) != nothing:
+            raise fields.fail(key, hf[key], repr(nothing))
     fields.finish(INERT)
     windows = () if window is None else (window,) * shape["num_hidden_layers"]
     return TransformerConfig(**shape, packed_qkv=True, packed_gate_up=True, sliding_windows=windows)

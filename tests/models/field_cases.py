@@ -61,7 +61,7 @@ EXTRA = {
 REFUSED = {
     "gemma2": {"hidden_activation": "silu", "hidden_act": "silu", "use_bidirectional_attention": True},
     "gemma3_text": {"hidden_activation": "silu", "use_bidirectional_attention": True, "attn_logit_softcapping": 2.0},
-    "phi3": {"resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "phi3": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "mlp_bias": True, "lm_head_bias": True},
 }
 MUTATIONS: dict[str, Any] = {
     "vocab_size": 62,
