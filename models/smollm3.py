@@ -5,11 +5,11 @@ Checkpoint notes: `no_rope_layers` holds 1 for a layer WITH RoPE and 0 for one w
 Source: transformers, models/smollm3/modeling_smollm3.py.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from torchft.models.fields import Fields
 from torchft.models.shapes import FULL, SLIDING, layer_windows, read_kinds, read_shape, read_window
+from torchft.modules.rope import RopeConfig
 from torchft.modules.transformer import TransformerConfig
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
     attention_bias = fields.flag("attention_bias", False)
     config = TransformerConfig(
         **shape,
-        layer_ropes=tuple(shape["rope"] if yes else replace(shape["rope"], partial_rotary_factor=0.0) for yes in rotated),
+        layer_ropes=tuple(shape["rope"] if yes else RopeConfig(shape["head_dim"], partial_rotary_factor=0.0) for yes in rotated),
         sliding_windows=layer_windows(kinds, window),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
