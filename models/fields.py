@@ -22,6 +22,7 @@ INERT = {
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature", "top_k", "top_p"),
     *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences", "typical_p"),
     *("unsloth_fixed", "unsloth_version"),  # marks on re-uploaded copies
+    "transformers.js_config",  # of the browser's runtime
 }
 
 # Fields that would change it: each is allowed only at the value that means "not used".

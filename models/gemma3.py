@@ -58,7 +58,10 @@ def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
     fields = Fields(hf, "Gemma 3")
     sizes = read_sizes(fields, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True)
     num_layers, window = sizes["num_hidden_layers"], read_window(fields)
-    period = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+    period = fields.integer("sliding_window_pattern", 6)
+    kept = fields.integer("_sliding_window_pattern", period)  # transformers writes it beside layer_types, and never reads it
+    if kept != period and "layer_types" not in hf:
+        raise fields.fail("_sliding_window_pattern", kept, f"sliding_window_pattern to say so too ({period}), or layer_types")
     absent = [SLIDING if window is not None and (index + 1) % period else FULL for index in range(num_layers)]
     kinds = read_kinds(fields, num_layers, absent, window)
     ropes = _ropes(fields, sizes["head_dim"], sizes["max_position_embeddings"])

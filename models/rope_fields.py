@@ -53,7 +53,7 @@ def read_settings(
     if original is not None and settings.left.setdefault("original_max_position_embeddings", original) != original:
         given = settings.left["original_max_position_embeddings"]
         raise settings.fail("original_max_position_embeddings", given, f"the same there and beside it, where it is {original}")
-    if kind in ("default", "linear") and original is not None:
+    if original is not None and kind in ("default", "linear", "dynamic"):  # which have no use for it
         settings.take("original_max_position_embeddings")
     stretch = ROPE_READERS[kind](settings, max_positions, width)
     settings.finish()

@@ -58,6 +58,7 @@ def inverse_frequencies(rope: RopeConfig, lengths: Tensor | None = None) -> Tens
 
     lengths (B, T) int: of each token's document, for BY_LENGTH.
     """
+    assert lengths is not None or rope.kind not in BY_LENGTH, rope.kind
     exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32, device="cpu") / rope.rotary_dim
     plain = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
-from torchft.models import gemma2, gemma3, granite, model_config, olmo2, phi3, smollm3
+from torchft.models import gemma2, gemma3, granite, llama, model_config, olmo2, phi3, smollm3
 
 COMMON = {"attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
 GEMMA = COMMON | {"cache_implementation": "hybrid", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-06}
+SMOLLM2 = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "max_position_embeddings": 8192, "mlp_bias": False} | COMMON
+SMOLLM2 |= {"model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "vocab_size": 49152}
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma-3-1b-it": (
         GEMMA
@@ -18,6 +20,17 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144},
         gemma3.SIZES["Gemma-3-1B"],
     ),
+    "gemma-3-270m": (
+        {key: value for key, value in GEMMA.items() if key != "cache_implementation"}
+        | {"architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"_sliding_window_pattern": 6, "head_dim": 256, "hidden_size": 640, "intermediate_size": 2048}
+        | {"layer_types": ["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 5 + ["full_attention"]
+           + ["sliding_attention"] * 5 + ["full_attention"]}
+        | {"max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 18}
+        | {"num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000.0, "rope_scaling": None}
+        | {"rope_theta": 1000000.0, "sliding_window": 512, "use_bidirectional_attention": False, "vocab_size": 262144},
+        gemma3.SIZES["Gemma-3-270M"],
+    ),
     "gemma-2-9b": (
         GEMMA
         | {"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -26,6 +39,20 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"num_key_value_heads": 8, "query_pre_attn_scalar": 256, "rope_theta": 10000.0, "sliding_window": 4096}
         | {"sliding_window_size": 4096, "vocab_size": 256000},
         gemma2.SIZES["Gemma-2-9B"],
+    ),
+    "smollm2-135m": (
+        SMOLLM2
+        | {"hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": True}
+        | {"num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rope_interleaved": False}
+        | {"rope_theta": 100000, "tie_word_embeddings": True},
+        llama.SIZES["SmolLM2-135M"] | {"initializer_range": 0.041666666666666664},
+    ),
+    "smollm2-1.7b-instruct": (
+        SMOLLM2
+        | {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 24}
+        | {"num_key_value_heads": 32, "rope_theta": 130000, "tie_word_embeddings": True}
+        | {"transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"fp16": "float16"}}},
+        llama.SIZES["SmolLM2-1.7B"],
     ),
     "phi-4-mini": (  # the release's own numbers in the two lists are others
         COMMON

@@ -147,9 +147,9 @@ def test_blocks_stay_exact_when_ids_are_in_no_order():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim, softcap", [(64, None), (128, None), (256, 1.5)])  # the last: Gemma 2's
 @pytest.mark.parametrize("lengths, window", BLOCK_CASES)
-def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim):
+def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim, softcap):
     torch._dynamo.reset()  # the ninth form of one function would run uncompiled
     torch.manual_seed(0)
     num_tokens = sum(lengths)
@@ -159,9 +159,9 @@ def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim):
         torch.randn(2, heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (8, 2, 2)
     )
-    mask = build_mask(ids, num_tokens, window, documents)
-    assert isinstance(mask, BlockMask) == (documents is not None or (window is not None and window < num_tokens))
-    got = attend(q, k, v, mask)
+    mask = build_mask(ids, num_tokens, window, documents, softcapped=softcap is not None)
+    assert isinstance(mask, BlockMask) == bool(documents is not None or (window is not None and window < num_tokens) or softcap)
+    got = attend(q, k, v, mask, softcap=softcap)
     upstream = torch.randn_like(got)
     gradients = torch.autograd.grad(got, (q, k, v), upstream)
 
@@ -169,6 +169,7 @@ def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim):
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     repeated_k, repeated_v = (x.repeat_interleave(4, dim=1) for x in exact[1:])
     scores = exact[0] @ repeated_k.transpose(2, 3) / math.sqrt(head_dim)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     expected = scores.masked_fill(~allowed, -math.inf).softmax(-1) @ repeated_v
     exact_gradients = torch.autograd.grad(expected, exact, upstream.double())
     for one, other in zip((got, *gradients), (expected, *exact_gradients), strict=True):
