@@ -105,7 +105,8 @@ def test_the_model_of_a_config_builds_on_meta_with_adapters(size):
     # One layer stands for all: they are equal, and quantising hundreds of linears on meta takes a minute.
     before = frozen_bytes(one_layer, quantized.model.dtype)
     coded = quantize_nf4(one_layer)
-    assert len(coded.quantized) + len(coded.skipped) == per_layer and len(coded.skipped) <= (3 if "smollm2" in size else 0)
+    assert len(coded.quantized) + len(coded.skipped) == per_layer
+    assert len(coded.skipped) == (4 if size in ("smollm2/135M", "smollm2/360M") else 0)  # their attention is no whole groups
     saved = before - frozen_bytes(one_layer, quantized.model.dtype)
     assert said_gib(f"{size}_qlora") == pytest.approx((dense - saved * row["num_hidden_layers"]) / GIB, abs=0.051)
 
