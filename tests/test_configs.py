@@ -95,14 +95,16 @@ def test_the_model_of_a_config_builds_on_meta_with_adapters(size):
     assert cfg.lora == quantized.lora and cfg.data.max_seq_len <= row["max_position_embeddings"]
     lora = cfg.lora
     spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.dora, tuple(lora.target_modules))
+    # One layer stands for all, they are equal: whole models, which tests/models/test_sizes.py builds, and above all quantising
+    # them, would take minutes on meta.
     with torch.device("meta"):
-        model, one_layer = build_model(row), build_model(row | {"num_hidden_layers": 1})
-    report, per_layer = add_lora(model, spec), len(add_lora(one_layer, spec).names)
-    assert len(report.names) == per_layer * row["num_hidden_layers"]
-    assert 0 < sum(param.numel() for param in trainable_parameters(model).values()) < 0.04 * report.num_total  # of 135 million, 3.5%
-    dense = frozen_bytes(model, cfg.model.dtype)
+        one_layer, two_layers = (build_model(row | {"num_hidden_layers": count}) for count in (1, 2))
+    per_layer, report = len(add_lora(one_layer, spec).names), add_lora(two_layers, spec)
+    assert len(report.names) == 2 * per_layer
+    assert 0 < sum(param.numel() for param in trainable_parameters(two_layers).values()) < 0.04 * report.num_total
+    first, both = (frozen_bytes(model, cfg.model.dtype) for model in (one_layer, two_layers))
+    dense = first + (row["num_hidden_layers"] - 1) * (both - first)
     assert said_gib(f"{size}_lora") == pytest.approx(dense / GIB, abs=0.051)  # one decimal is stated
-    # One layer stands for all: they are equal, and quantising hundreds of linears on meta takes a minute.
     before = frozen_bytes(one_layer, quantized.model.dtype)
     coded = quantize_nf4(one_layer)
     assert len(coded.quantized) + len(coded.skipped) == per_layer
