@@ -3,8 +3,8 @@
     ids -> embed_tokens -> layers x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> lm_head
 
 What differs between families (biases, norms, windows, RoPE, scales, caps) is a field of TransformerConfig, which the files
-in `models/` make from a config.json; where the norms of a layer stand is its block (block.py). `__init__` runs on the meta device; weights are streamed in, or filled by
-`init_weights`.
+in `models/` make from a config.json; where the norms of a layer stand is its block (block.py). `__init__` runs on the meta
+device; weights are streamed in, or filled by `init_weights`.
 
 Legend: B batch, T tokens, D hidden, E head_dim, V vocabulary.
 """

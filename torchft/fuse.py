@@ -89,7 +89,8 @@ def _other_maths(config: TransformerConfig) -> str:
     """What the blocks of this model compute that a FusedBlock does not, or ""."""
     ropes = (config.rope, *config.layer_ropes)
     reasons = {
-        "their norms stand in other places, or scales between": config.block != "pre_norm",
+        "their branches are scaled": config.block == "scaled",
+        "their norms stand in other places": config.block not in ("pre_norm", "scaled"),
         "their norms multiply by 1 + weight": config.norm_offset,
         "their queries and keys are normalised over all heads at once": config.qk_norm_over_heads,
         f"their gate is {config.activation}": config.activation != "silu",

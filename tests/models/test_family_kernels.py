@@ -24,7 +24,7 @@ PLAIN = {  # the blocks stay as they are, and why
     "gemma3": "norms stand in other places",
     "gemma3-new-spelling": "norms stand in other places",
     "olmo2": "norms stand in other places",
-    "granite-tied": "scales between",
+    "granite-tied": "branches are scaled",
     "glm4": "norms stand in other places",
     "phi4-partial": "rotated in part",
 }
