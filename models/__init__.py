@@ -4,7 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchft.models import llama, mistral, qwen2, qwen3
+from torchft.models import (
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from torchft.modules.transformer import CausalLM, TransformerConfig
 
 FAMILIES = {  # `architectures` in config.json -> the family's file
@@ -12,6 +25,18 @@ FAMILIES = {  # `architectures` in config.json -> the family's file
     "MistralForCausalLM": mistral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "MinistralForCausalLM": ministral,
+    "SmolLM3ForCausalLM": smollm3,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "Phi3ForCausalLM": phi3,
+    "Olmo2ForCausalLM": olmo2,
+    "GraniteForCausalLM": granite,
+    "Glm4ForCausalLM": glm4,
+}
+
+ADVICE = {  # architectures that are near to a known one
+    "Gemma3ForConditionalGeneration": "It takes images too; its text part can be saved on its own as a Gemma3ForCausalLM.",
 }
 
 
@@ -49,8 +74,17 @@ def model_config(hf: dict[str, Any]) -> TransformerConfig:
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"config.json: architectures is {architectures!r}; it must name one of {known}.")
     if architectures[0] not in list(FAMILIES):  # a list, since what stands there may not be hashable
-        raise ValueError(f"config.json: architecture {architectures[0]!r} is not supported; known are {known}.")
+        raise _unknown(str(architectures[0]))
     return FAMILIES[architectures[0]].config_from_hf(hf)
+
+
+def _unknown(architecture: str) -> ValueError:
+    """Which ones are known, and how another is added."""
+    file = architecture.removesuffix("ForCausalLM").lower() if architecture.isidentifier() else "my_family"
+    return ValueError(
+        f"config.json: architecture {architecture!r} is not supported; known are {', '.join(FAMILIES)}. "
+        + ADVICE.get(architecture, f"To add it, write models/{file}.py: docs/new_family.md shows the way.")
+    )
 
 
 def build_model(hf_config: dict[str, Any]) -> CausalLM:

@@ -1,14 +1,16 @@
-"""Mistral 7B, Nemo and Small: Llama's block, with a sliding window on every layer in 7B v0.1 and none in the others.
+"""Mistral 7B, Nemo, Small and Ministral 8B: Llama's block, in 7B v0.1 and Ministral with a sliding window on every layer.
 
 Checkpoint notes: no biases, head never tied; Nemo and Small have heads of 128, not hidden_size / heads. An absent
 `sliding_window` means 4,096 and `null` means none, as in transformers. `consolidated.safetensors`, which Mistral ships
-beside the HF shards, has other names and is not read.
+beside the HF shards, has other names and is not read. `MinistralForCausalLM` is ministral.py; Small 3.1 and later are vision
+models.
 Source: transformers, models/mistral/modeling_mistral.py; Jiang et al. 2023, https://arxiv.org/abs/2310.06825.
 """
 
 from typing import Any
 
-from torchft.models.fields import Fields, read_shape, read_window
+from torchft.models.fields import Fields
+from torchft.models.shapes import read_shape, read_window
 from torchft.modules.transformer import TransformerConfig
 
 
@@ -36,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "Mistral-7B-v0.2": _size(4096, 32, 14336, 32000, rope_theta=1000000.0),
     "Mistral-7B-v0.3": _size(4096, 32, 14336, 32768, rope_theta=1000000.0),
     "Mistral-Nemo-12B": _size(5120, 40, 14336, 131072, rope_theta=1000000.0, max_position_embeddings=131072),
+    "Ministral-8B": _size(4096, 36, 12288, 131072, rope_theta=100000000.0, sliding_window=32768),
     "Mistral-Small-24B": _size(5120, 40, 32768, 131072, rope_theta=100000000.0),
 }
 
@@ -44,7 +47,7 @@ def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
     """The fields of a config.json -> our config. Raises ValueError naming a field that cannot be honoured."""
     fields = Fields(hf, "Mistral")
     window = read_window(fields)
-    shape = read_shape(fields, default_kv_heads=8)
+    shape = read_shape(fields, num_key_value_heads=8)
     windows = () if window is None else (window,) * shape["num_hidden_layers"]
     fields.finish()
     return TransformerConfig(**shape, sliding_windows=windows)

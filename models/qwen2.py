@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense: Llama's block with biases on q, k and v (and on nothing else).
+"""Qwen2 and Qwen2.5, dense, and DeepSeek-R1's distills of them: Llama's block with biases on q, k and v (and on nothing else).
 
 Checkpoint notes: sizes up to 3B tie the head to the embedding; `vocab_size` is padded beyond the tokenizer's (151,936
 for 151,665 tokens); a sliding window is described in every config.json but switched off (`use_sliding_window`) in all
@@ -7,7 +7,8 @@ releases. Source: transformers, models/qwen2/modeling_qwen2.py; https://arxiv.or
 
 from typing import Any
 
-from torchft.models.fields import Fields, read_shape, read_windows
+from torchft.models.fields import Fields
+from torchft.models.shapes import read_shape, read_windows
 from torchft.modules.transformer import TransformerConfig
 
 
@@ -39,13 +40,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "Qwen2.5-14B": _size(5120, 48, 40, 8, 13824, rms_norm_eps=1e-5),
     "Qwen2.5-32B": _size(5120, 64, 40, 8, 27648, rms_norm_eps=1e-5),
     "Qwen2.5-72B": _size(8192, 80, 64, 8, 29568, rms_norm_eps=1e-5),
+    "DeepSeek-R1-Distill-Qwen-1.5B": _size(1536, 28, 12, 2, 8960, vocab_size=151936, rope_theta=10000.0),
+    "DeepSeek-R1-Distill-Qwen-7B": _size(3584, 28, 28, 4, 18944, rope_theta=10000.0),
+    "DeepSeek-R1-Distill-Qwen-14B": _size(5120, 48, 40, 8, 13824, rms_norm_eps=1e-5),
+    "DeepSeek-R1-Distill-Qwen-32B": _size(5120, 64, 40, 8, 27648, rms_norm_eps=1e-5),
 }
 
 
 def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
     """The fields of a config.json -> our config. Raises ValueError naming a field that cannot be honoured."""
     fields = Fields(hf, "Qwen2")
-    shape = read_shape(fields, default_kv_heads=32)
+    shape = read_shape(fields, num_key_value_heads=32)
     windows = read_windows(fields, shape["num_hidden_layers"])
     fields.finish()
     return TransformerConfig(**shape, qkv_bias=True, sliding_windows=windows)

@@ -8,7 +8,8 @@ transformers, models/qwen3/modeling_qwen3.py; https://arxiv.org/abs/2505.09388.
 
 from typing import Any
 
-from torchft.models.fields import Fields, read_shape, read_windows
+from torchft.models.fields import Fields
+from torchft.models.shapes import read_shape, read_windows
 from torchft.modules.transformer import TransformerConfig
 
 
@@ -46,7 +47,7 @@ def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
     """The fields of a config.json -> our config. Raises ValueError naming a field that cannot be honoured."""
     fields = Fields(hf, "Qwen3")
     attention_bias = fields.flag("attention_bias", False)
-    shape = read_shape(fields, default_kv_heads=32, default_head_dim=128)
+    shape = read_shape(fields, num_key_value_heads=32, head_dim=128)
     windows = read_windows(fields, shape["num_hidden_layers"])
     fields.finish()
     return TransformerConfig(

@@ -7,6 +7,8 @@ positions earlier (transformers' rule). `build_mask` puts that into one of three
 - BlockMask: packed rows on CUDA: FlexAttention, which skips the 128 x 128 blocks that nothing in them can see.
 - bool Tensor (B or 1, 1, T, S): packed rows elsewhere, rows of one block or less, and generation with a cache.
 
+Soft-capped scores (Gemma 2), cap * tanh(score / cap), are nothing SDPA has: FlexAttention where it runs, else plain products.
+
 Legend: B batch, T query tokens, S key tokens, D hidden, H heads, K key/value heads, E head_dim.
 """
 
@@ -22,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchft.modules.compiler import missing_compiler
-from torchft.modules.norm import RMSNorm
+from torchft.modules.loss import soft_cap
+from torchft.modules.norm import build_norm
 from torchft.modules.rope import apply_rope
 
 if TYPE_CHECKING:  # that module imports this one
@@ -61,7 +64,7 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; `qk_norm` normalises each head's queries and keys before the rotation (Qwen3)."""
+    """Grouped-query attention; `qk_norm` normalises queries and keys, per head or all heads at once, before the rotation."""
 
     def __init__(self, config: "TransformerConfig") -> None:
         super().__init__()
@@ -69,42 +72,83 @@ class Attention(nn.Module):
         q_width = config.num_attention_heads * head_dim
         kv_width = config.num_key_value_heads * head_dim
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden, q_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+        self.widths = [q_width, kv_width, kv_width]
+        self.multiplier, self.softcap = config.attention_multiplier, config.attn_logit_softcapping
+        self.interleaved = config.rope.interleaved
+        self.packed = config.packed_qkv
+        if self.packed:
+            self.qkv_proj = nn.Linear(hidden, q_width + 2 * kv_width, bias=config.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(hidden, q_width, bias=config.qkv_bias)
+            self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+            self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, hidden, bias=config.o_bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.norm_over_heads = config.qk_norm_over_heads
+        self.q_norm = build_norm(config, q_width if self.norm_over_heads else head_dim) if config.qk_norm else None
+        self.k_norm = build_norm(config, kv_width if self.norm_over_heads else head_dim) if config.qk_norm else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
     ) -> Tensor:
-        """x (B, T, D), cos and sin (B, T, E/2) -> (B, T, D). With a cache, the T tokens are columns from `start` on."""
-        batch, num_tokens, _ = x.shape
-        q = self.q_proj(x).view(batch, num_tokens, -1, self.head_dim)  # (B, T, H, E)
-        k = self.k_proj(x).view(batch, num_tokens, -1, self.head_dim)  # (B, T, K, E)
-        v = self.v_proj(x).view(batch, num_tokens, -1, self.head_dim)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        """x (B, T, D), cos and sin (B, T, R/2) -> (B, T, D). With a cache, the T tokens are columns from `start` on."""
+        q, k, v = self._heads(x)
+        q, k = apply_rope(q, cos, sin, self.interleaved), apply_rope(k, cos, sin, self.interleaved)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
         if cache is not None:
             k, v = cache.append(k, v, start)  # (B, K, S, E)
-        y = attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, E)
-        return self.o_proj(y.reshape(batch, num_tokens, -1))
+        y = attend(q, k, v, mask, self.multiplier, self.softcap).transpose(1, 2)  # (B, T, H, E)
+        return self.o_proj(y.flatten(2))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> queries (B, T, H, E), keys and values (B, T, K, E), normalised and not yet rotated."""
+        if self.packed:
+            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.norm_over_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.q_norm is not None and not self.norm_over_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """softmax(q k^T / sqrt(E) where the mask allows) v: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, multiplier: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """softmax(m q k^T where the mask allows) v: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
+
+    multiplier: m; None = 1 / sqrt(E). softcap: scores become cap * tanh(score / cap), before the mask; it needs a mask.
+    """
     grouped = q.shape[1] != k.shape[1]  # H / K query heads share one key/value head
+    options = {"scale": multiplier, "enable_gqa": grouped}
     if isinstance(mask, BlockMask):
         compile_here = q.is_cuda and not torch.compiler.is_compiling()  # within a compiled block it is part of that
         flex = _compiled_flex() if compile_here else flex_attention
-        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+        return flex(q, k, v, score_mod=None if softcap is None else _capped(softcap), block_mask=mask, **options)
+    if softcap is not None:
+        return _capped_attention(q, k, v, mask, multiplier, softcap)
     if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
     with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, multiplier: float | None, softcap: float
+) -> Tensor:
+    """The formula of `attend` in plain products; holds all scores. Cap and softmax in fp32."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, E)
+    multiplier = q.shape[-1] ** -0.5 if multiplier is None else multiplier
+    scores = soft_cap((q @ k.transpose(2, 3)) * multiplier, softcap)  # (B, H, T, S)
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+
+
+@functools.cache  # one function for each cap, or torch.compile would see a new one each time
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    """FlexAttention's score_mod."""
+    return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
 
 
 @functools.cache
@@ -128,18 +172,24 @@ def _flex_can_run(device_type: str) -> bool:
 
 
 def build_mask(
-    ids: Tensor, num_keys: int, window: int | None, documents: Tensor | None, cached: bool = False
+    ids: Tensor,
+    num_keys: int,
+    window: int | None,
+    documents: Tensor | None,
+    cached: bool = False,
+    softcapped: bool = False,
 ) -> Mask:
     """The mask for ids (B, T), the last T of `num_keys` = S tokens (T and S differ only in generation).
 
     documents (B, S) int: the id of each token's document; None = every row is one. A padding token needs an id of its
     own (any that no document has), so that it sees at least itself: a fully masked softmax would be NaN.
     cached: for generation, which runs uncompiled: FlexAttention would hold all scores then, so its mask is a dense one.
+    softcapped: the scores are capped, which SDPA's causal path cannot do: never None.
     """
     if window is not None and window >= num_keys:
         window = None
     square = ids.shape[1] == num_keys
-    if documents is None and window is None and square:
+    if documents is None and window is None and square and not softcapped:
         return None
     # Within one block there is nothing to skip, and FlexAttention has no kernel for some lengths so short.
     if square and not cached and num_keys > FLEX_BLOCK and _flex_can_run(ids.device.type):

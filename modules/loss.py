@@ -19,48 +19,73 @@ IGNORE_INDEX = -100  # label of a token that is not supervised
 CHUNK_SIZE = 256
 
 
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) in fp32, any shape: nearly the identity near zero, never beyond +-cap (Gemma 2)."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, chunk_size: int = CHUNK_SIZE
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_size: int = CHUNK_SIZE,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum over supervised tokens of -log softmax(hidden weight^T)[label], a fp32 scalar.
 
     hidden (N, D) and weight (V, D) of any float dtypes (the product is taken in hidden's), labels (N,) int, already
     shifted. Without a supervised token the result is a zero that is still connected to the graph, so that `backward`
-    runs.
+    runs. softcap: the logits become cap * tanh(logits / cap).
     """
     grad_wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, chunk_size, grad_wanted)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, chunk_size, softcap, grad_wanted)
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, chunk_size: int = CHUNK_SIZE
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_size: int = CHUNK_SIZE,
+    softcap: float | None = None,
 ) -> Tensor:
     """log softmax(hidden weight^T)[label] of each token: (N,) fp32, zero where the label is `ignore_index`.
 
     Arguments as in `linear_cross_entropy`. For losses that need each token's own: preference pairs, RL.
     """
-    return _LinearLogprobs.apply(hidden, weight, labels, ignore_index, chunk_size)
+    return _LinearLogprobs.apply(hidden, weight, labels, ignore_index, chunk_size, softcap)
 
 
 def _chunks(num_tokens: int, chunk_size: int) -> list[slice]:
     return [slice(start, start + chunk_size) for start in range(0, num_tokens, chunk_size)]
 
 
-def _chunk_logprobs(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (C, D), targets (C, 1) -> logits (C, V), fp32 log-probabilities (C, V), and those of the targets (C, 1)."""
+def _chunk_logprobs(
+    x: Tensor, head: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (C, D), targets (C, 1) -> logits (C, V), fp32 log-probabilities (C, V), and those of the targets (C, 1).
+
+    With a cap the logits are the capped ones, in fp32.
+    """
     logits = x @ head.T
+    if softcap is not None:
+        logits = soft_cap(logits, softcap)
     logprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     return logits, logprobs, logprobs.gather(1, targets)
 
 
-def _chunk_gradient(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_gradient(x: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets (C, 1), and the gradient of minus their sum (C, V): softmax - onehot(target).
 
-    In bf16 a probability near one minus one would be zero, so the target's element is taken as e^logprob - 1 in fp32.
+    In bf16 a probability near one minus one would be zero, so the target's element is taken as e^logprob - 1 in fp32. With a
+    cap c, each element is multiplied by the slope of c tanh(l / c), which is 1 - tanh^2 = 1 - (capped / c)^2.
     """
-    logits, logprobs, chosen = _chunk_logprobs(x, head, targets)
+    logits, logprobs, chosen = _chunk_logprobs(x, head, targets, softcap)
+    slope = None if softcap is None else 1 - (logits / softcap).square()
     gradient = torch.exp(logprobs, out=logits)  # the softmax, in the memory of the logits
-    return chosen, gradient.scatter_(1, targets, torch.expm1(chosen).to(gradient.dtype))
+    gradient = gradient.scatter_(1, targets, torch.expm1(chosen).to(gradient.dtype))
+    return chosen, gradient if slope is None else (gradient * slope).to(x.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -74,6 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         ignore_index: int,
         chunk_size: int,
+        softcap: float | None,
         grad_wanted: bool,
     ) -> Tensor:
         head = weight.to(hidden.dtype)  # (V, D)
@@ -87,9 +113,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk in _chunks(len(labels), chunk_size):
             x = hidden[chunk].masked_fill(ignored[chunk], 0.0)  # whatever an ignored row holds, NaN included, stays out
             if grad_wanted:
-                chosen, gradient = _chunk_gradient(x, head, targets[chunk])
+                chosen, gradient = _chunk_gradient(x, head, targets[chunk], softcap)
             else:
-                chosen, gradient = _chunk_logprobs(x, head, targets[chunk])[2], None
+                chosen, gradient = _chunk_logprobs(x, head, targets[chunk], softcap)[2], None
             total -= chosen.masked_fill(ignored[chunk], 0.0).sum()
             if grad_hidden is not None:
                 grad_hidden[chunk] = (gradient @ head).masked_fill_(ignored[chunk], 0.0)
@@ -108,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * upstream).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -116,16 +142,22 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk_size: int
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        chunk_size: int,
+        softcap: float | None,
     ) -> Tensor:
         head = weight.to(hidden.dtype)
         ignored = (labels == ignore_index)[:, None]  # (N, 1)
         targets = labels[:, None].long().masked_fill(ignored, 0)  # (N, 1)
         result = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         for chunk in _chunks(len(labels), chunk_size):
-            result[chunk] = _chunk_logprobs(hidden[chunk], head, targets[chunk])[2]
+            result[chunk] = _chunk_logprobs(hidden[chunk], head, targets[chunk], softcap)[2]
         ctx.save_for_backward(hidden, weight, targets, ignored)
-        ctx.chunk_size = chunk_size
+        ctx.chunk_size, ctx.softcap = chunk_size, softcap
         return result.masked_fill_(ignored, 0.0)[:, 0]
 
     @staticmethod
@@ -138,7 +170,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(len(targets), ctx.chunk_size):
             x = hidden[chunk].masked_fill(ignored[chunk], 0.0)  # (C, D)
-            gradient = _chunk_gradient(x, head, targets[chunk])[1]
+            gradient = _chunk_gradient(x, head, targets[chunk], ctx.softcap)[1]
             gradient *= scale[chunk]  # (C, V)
             if grad_hidden is not None:
                 grad_hidden[chunk] = gradient @ head
@@ -147,4 +179,4 @@ class _LinearLogprobs(torch.autograd.Function):
             del gradient
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

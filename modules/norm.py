@@ -3,9 +3,14 @@
 Legend: B batch, T tokens, D width of the last dimension.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # that module imports this one
+    from torchft.modules.transformer import TransformerConfig
 
 
 class RMSNorm(nn.Module):
@@ -22,3 +27,16 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class UnitOffsetRMSNorm(RMSNorm):
+    """y = (1 + weight) * x / sqrt(mean(x^2) + eps): Gemma's, whose weights are stored less one."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D), same dtype
+        # All of it in fp32: in bf16, 1 + weight would keep 8 bits of the sum.
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def build_norm(config: "TransformerConfig", width: int) -> RMSNorm:
+    """The kind of norm that all of a model's norms are."""
+    return (UnitOffsetRMSNorm if config.norm_offset else RMSNorm)(width, config.rms_norm_eps)

@@ -2,24 +2,25 @@
 
     ids -> embed_tokens -> layers x [ x + attention(norm(x)), x + mlp(norm(x)) ] -> norm -> lm_head
 
-What differs between families (biases, q/k norms, windows, RoPE) is a field of TransformerConfig, which the files in
-`models/` make from a config.json. `__init__` runs on the meta device; weights are streamed in, or filled by
-`init_weights`.
+What differs between families (biases, norms, windows, RoPE, scales, caps) is a field of TransformerConfig, which the files
+in `models/` make from a config.json; where the norms of a layer stand is its block (block.py). `__init__` runs on the meta
+device; weights are streamed in, or filled by `init_weights`.
 
 Legend: B batch, T tokens, D hidden, E head_dim, V vocabulary.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from torchft.modules.attention import Attention, LayerCache, Mask, build_mask
+from torchft.modules.attention import LayerCache, build_mask
+from torchft.modules.block import BLOCKS
 from torchft.modules.checkpointing import Checkpointing
-from torchft.modules.feed_forward import FeedForward
-from torchft.modules.loss import linear_cross_entropy
-from torchft.modules.norm import RMSNorm
+from torchft.modules.loss import linear_cross_entropy, soft_cap
+from torchft.modules.norm import build_norm
 from torchft.modules.rope import RopeConfig, rope_tables
 
 
@@ -35,15 +36,28 @@ class TransformerConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig  # of all layers, unless layer_ropes says otherwise
     max_position_embeddings: int  # longest sequence it was trained on; not enforced
     tie_word_embeddings: bool  # lm_head.weight is embed_tokens.weight
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False  # one norm over the whole width of q and of k (OLMo 2), not one per head
+    norm_offset: bool = False  # norms multiply by 1 + weight (Gemma)
+    block: str = "pre_norm"  # where the norms stand: a name of block.BLOCKS
+    activation: str = "silu"  # of the feed forward's gate: silu | gelu_tanh
+    packed_qkv: bool = False  # q, k and v are one linear, qkv_proj
+    packed_gate_up: bool = False  # gate and up are one linear, gate_up_proj
     sliding_windows: tuple[int | None, ...] = ()  # tokens seen back, itself included, per layer; () = no layer has one
+    layer_ropes: tuple[RopeConfig, ...] = ()  # per layer; () = `rope` in all of them
     initializer_range: float = 0.02  # standard deviation of freshly initialised weights
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of block "scaled"
+    attention_multiplier: float | None = None  # of the scores; None = 1 / sqrt(head_dim)
+    attn_logit_softcapping: float | None = None  # scores become cap * tanh(score / cap)
+    final_logit_softcapping: float | None = None  # and logits likewise
+    logits_scaling: float = 1.0  # logits are divided by it
 
     def __post_init__(self) -> None:
         assert self.num_attention_heads % self.num_key_value_heads == 0, (
@@ -51,7 +65,8 @@ class TransformerConfig:
             self.num_key_value_heads,
         )
         assert len(self.sliding_windows) in (0, self.num_hidden_layers), self.sliding_windows
-        assert self.rope.head_dim == self.head_dim, (self.rope.head_dim, self.head_dim)
+        assert len(self.layer_ropes) in (0, self.num_hidden_layers), self.layer_ropes
+        assert all(rope.head_dim == self.head_dim for rope in (self.rope, *self.layer_ropes)), (self.rope, self.head_dim)
 
 
 class KVCache:
@@ -63,6 +78,7 @@ class KVCache:
     def __init__(self, config: TransformerConfig, batch_size: int, max_tokens: int, device: torch.device) -> None:
         shape = (batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
         self.layers = [LayerCache(shape) for _ in range(config.num_hidden_layers)]
+        self.capacity = max_tokens  # columns in all
         self.documents = torch.zeros(batch_size, max_tokens, dtype=torch.int32, device=device)
         self.length = 0  # columns filled
 
@@ -74,60 +90,43 @@ class KVCache:
         return self.documents[:, : self.length]
 
 
-class Block(nn.Module):
-    """One layer: attention and feed forward, each on the normalised residual stream."""
-
-    base_stays = True  # whether frozen weights stay where they are; False once shard_model divides them
-    draws = True  # whether its forward may draw random numbers (dropout)
-    compilable = True  # whether torch.compile has something to gain
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
-    ) -> Tensor:
-        """h (B, T, D) -> (B, T, D); the other arguments are the attention's."""
-        h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache, start)
-        return h + self.mlp(self.post_attention_layernorm(h))
-
-
 class Decoder(nn.Module):
     """From token ids to normalised hidden states."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.rope = config.rope
+        self.ropes = config.layer_ropes or (config.rope,) * config.num_hidden_layers
+        self.softcapped = config.attn_logit_softcapping is not None
+        self.multiplier = config.embedding_multiplier
         self.windows = config.sliding_windows or (None,) * config.num_hidden_layers
         self.checkpointing = Checkpointing()  # replaced by apply_activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.num_hidden_layers))
+        self.norm = build_norm(config, config.hidden_size)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """(B, T) -> (B, T, D); arguments as in CausalLM.forward."""
         num_tokens, device = input_ids.shape[1], input_ids.device
-        start = 0
+        start, more = 0, 0
         if cache is not None:
-            start = cache.length
+            start, more = cache.length, cache.capacity - cache.length - num_tokens
             documents = cache.extend(num_tokens, documents)
         if positions is None:
             positions = torch.arange(start, start + num_tokens, device=device)[None]
-        cos, sin = rope_tables(self.rope, positions)  # (B or 1, T, E/2)
+        tables = {rope: rope_tables(rope, positions, more) for rope in dict.fromkeys(self.ropes)}  # (B or 1, T, R/2) twice
+        options = {"cached": cache is not None, "softcapped": self.softcapped}
         masks = {
-            window: build_mask(input_ids, start + num_tokens, window, documents, cached=cache is not None)
-            for window in set(self.windows)
+            window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
         }
         # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
         h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)
+        if self.multiplier != 1.0:
+            h = h * torch.tensor(self.multiplier, dtype=h.dtype)  # rounded to that dtype: so was Gemma trained
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
+            cos, sin = tables[self.ropes[index]]
             h = self.checkpointing.run(index, block, h, cos, sin, masks[self.windows[index]], layer_cache, start)
         return self.norm(h)
 
@@ -138,7 +137,9 @@ class CausalLM(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_loss = linear_cross_entropy  # swapped by torchft.fuse
+        cap = config.final_logit_softcapping
+        # Swapped by torchft.fuse where there is no cap.
+        self.head_loss = linear_cross_entropy if cap is None else partial(linear_cross_entropy, softcap=cap)
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -163,16 +164,20 @@ class CausalLM(nn.Module):
         cache: the tokens follow those already in it. last_only: logits of the last position alone, (B, 1, V).
         """
         h = self.model(input_ids, positions, documents, cache)  # (B, T, D)
+        if self.config.logits_scaling != 1.0:
+            h = h / self.config.logits_scaling  # as if the logits were divided, which nobody holds
         if labels is not None:
             return self.head_loss(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
-        return self.lm_head(h[:, -1:] if last_only else h)
+        logits = self.lm_head(h[:, -1:] if last_only else h)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else soft_cap(logits, cap).to(logits.dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Fill every parameter as transformers does: norms one, biases zero, all else normal (`initializer_range`)."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.config.norm_offset else 1.0)
             elif name.endswith(".bias"):
                 parameter.zero_()
             else:

@@ -99,6 +99,10 @@ VARIANTS: dict[str, Callable[[], CausalLM]] = {
     "some linears": lambda: adapted(LoraSpec(rank=4, alpha=12, target_modules=("q_proj", "v_proj", "down_proj"))),
     "rank 70": lambda: adapted(LoraSpec(rank=70, alpha=12)),
     "window": lambda: adapted(sliding_windows=(None, 7, 7)),
+    "packed": lambda: adapted(packed_qkv=True, packed_gate_up=True),
+    "one layer without rope": lambda: adapted(
+        layer_ropes=(RopeConfig(32), RopeConfig(32, partial_rotary_factor=0.0), RopeConfig(32)), qk_norm=True
+    ),
     "nf4": lambda: adapted(nf4=True),
     "nf4 and dense": lambda: adapted(nf4=True, num_key_value_heads=1, hidden_size=64 * 3),
 }
@@ -230,7 +234,7 @@ def gpu_gradients(model: CausalLM, inputs: dict[str, torch.Tensor]) -> tuple[flo
     return loss.item(), {name: param.grad.double().cpu() for name, param in trainable_parameters(model).items()}
 
 
-GPU_VARIANTS = {name: VARIANTS[name] for name in ("llama", "biases", "qk_norm", "some linears", "nf4", "nf4 and dense")}
+GPU_VARIANTS = {name: VARIANTS[name] for name in ("llama", "biases", "qk_norm", "some linears", "packed", "nf4", "nf4 and dense")}
 
 
 @pytest.mark.gpu

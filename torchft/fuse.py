@@ -4,7 +4,8 @@
 
 Blocks become FusedBlocks (fused_block.py), which hold the very same submodules: names, parameters, state dict and dtypes stay.
 Whatever a kernel does not cover (generation with a cache, adapters switched off) runs in the plain forward; what is skipped
-altogether is said. Left out: fused blocks for full fine-tuning, whose weights are trained.
+altogether is said. Left out: fused blocks for full fine-tuning, whose weights are trained, and for families whose blocks
+compute something else (Gemma, OLMo 2, Granite, GLM-4).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torchft.checks import KERNELS
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.lora import LoRALinear
-from torchft.modules.transformer import CausalLM
+from torchft.modules.transformer import CausalLM, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class FuseReport:
     loss: bool  # swapped
     eager: tuple[str, ...]  # kernels that plain PyTorch does instead, as asked
     skipped: str  # why blocks are not swapped, "" if they are
+    loss_skipped: str = ""  # why the loss is not, though it was not switched off
 
     def __str__(self) -> str:
         done = [f"{self.blocks} blocks"] * bool(self.blocks) + ["the loss"] * self.loss
         line = f"kernels: {' and '.join(done) or 'none'}"
         if self.eager:
             line += f"; switched off: {', '.join(self.eager)}"
+        if self.loss_skipped:
+            line += f"; the loss stays plain: {self.loss_skipped}"
         return line + (f"; blocks stay plain: {self.skipped}" if self.skipped else "")
 
 
@@ -55,7 +59,8 @@ def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     from torchft.fused_block import FusedBlock  # here: Triton is not everywhere
     from torchft.kernels.linear_cross_entropy import linear_cross_entropy
 
-    loss = "cross_entropy" not in eager
+    loss_skipped = "its logits are capped" if model.config.final_logit_softcapping is not None else ""
+    loss = "cross_entropy" not in eager and not loss_skipped
     if loss:
         model.head_loss = linear_cross_entropy
     skipped = "model.kernels says so" if "lora" in eager else _why_not(model)
@@ -63,7 +68,7 @@ def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
         layers = model.model.layers
         for index, block in enumerate(layers):
             layers[index] = FusedBlock(block, " ".join(eager))
-    return FuseReport(0 if skipped else len(model.model.layers), loss, eager, skipped)
+    return FuseReport(0 if skipped else len(model.model.layers), loss, eager, skipped, loss_skipped)
 
 
 def _why_not(model: CausalLM) -> str:
@@ -77,4 +82,21 @@ def _why_not(model: CausalLM) -> str:
         return "DoRA rescales every output"
     if any(layer.dropout > 0 for layer in adapted):
         return "lora.dropout acts between the products that are folded"
-    return ""
+    return _other_maths(model.config)
+
+
+def _other_maths(config: TransformerConfig) -> str:
+    """What the blocks of this model compute that a FusedBlock does not, or ""."""
+    ropes = (config.rope, *config.layer_ropes)
+    reasons = {
+        "their branches are scaled": config.block == "scaled",
+        "their norms stand in other places": config.block not in ("pre_norm", "scaled"),
+        "their norms multiply by 1 + weight": config.norm_offset,
+        "their queries and keys are normalised over all heads at once": config.qk_norm_over_heads,
+        f"their gate is {config.activation}": config.activation != "silu",
+        "their attention scores are scaled or capped": (config.attention_multiplier, config.attn_logit_softcapping) != (None, None),
+        "their heads are rotated in part or in neighbouring pairs": any(
+            rope.interleaved or rope.partial_rotary_factor not in (0, 1) for rope in ropes
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")

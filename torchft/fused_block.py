@@ -15,10 +15,12 @@ from torchft.kernels.lora_swiglu_linear import lora_swiglu_linear
 from torchft.kernels.rope import rope, rope_split
 from torchft.modules import nf4
 from torchft.modules.attention import LayerCache, Mask, attend
+from torchft.modules.feed_forward import PackedFeedForward
 from torchft.modules.lora import LoRALinear
-from torchft.modules.transformer import Block
+from torchft.modules.block import Block
 
 QKV, O, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+PACKED_QKV, PACKED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)  # where the checkpoint has one linear already (Phi-3)
 
 
 class FusedBlock(Block):
@@ -33,6 +35,8 @@ class FusedBlock(Block):
             self.add_module(name, child)
         self.base_stays = block.base_stays
         self.eager = eager
+        self.qkv = PACKED_QKV if self.self_attn.packed else QKV
+        self.gate_up = PACKED_GATE_UP if isinstance(self.mlp, PackedFeedForward) else GATE_UP
         self.adapted = [module for module in self.modules() if isinstance(module, LoRALinear)]
         self.packed: dict[str, Tensor] = {}  # E of kernels/lora_linear.py, by the group's first linear
 
@@ -45,7 +49,7 @@ class FusedBlock(Block):
         attention, mlp, eager = self.self_attn, self.mlp, self.eager
         flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
         norm = self.input_layernorm
-        group, bias = self._group(attention, QKV)
+        group, bias = self._group(attention, self.qkv)
         _, qkv = lora_norm_linear(flat, None, norm.weight, norm.eps, group, bias, eager)
         q, k, v = self._rotated(qkv.view(*h.shape[:2], -1), cos, sin)  # (B, T, H or K, E)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
@@ -53,7 +57,7 @@ class FusedBlock(Block):
         delta = lora_linear(y.reshape(len(flat), -1), group, bias, eager)
 
         norm = self.post_attention_layernorm
-        group, bias = self._group(mlp, GATE_UP)
+        group, bias = self._group(mlp, self.gate_up)
         total, gate_up = lora_norm_linear(flat, delta, norm.weight, norm.eps, group, bias, eager)
         group, bias = self._group(mlp, DOWN)
         return (total + lora_swiglu_linear(gate_up, group, bias, "silu", eager)).view(h.shape)
@@ -61,13 +65,16 @@ class FusedBlock(Block):
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, plain = self.self_attn, "rope" in self.eager
         width = attention.head_dim
-        heads, kv_heads = (linear.out_features // width for linear in (attention.q_proj, attention.k_proj))
-        if attention.q_norm is None:
+        turning = cos.shape[-1] > 0  # not in a layer without RoPE
+        if turning and attention.q_norm is None:
+            heads, kv_heads, _ = (part // width for part in attention.widths)
             return rope_split(qkv, cos, sin, heads, kv_heads, eager=plain)
-        q, k, v = (
-            part.unflatten(-1, (-1, width)) for part in qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=-1)
-        )
-        return rope(attention.q_norm(q), cos, sin, eager=plain), rope(attention.k_norm(k), cos, sin, eager=plain), v
+        q, k, v = (part.unflatten(-1, (-1, width)) for part in qkv.split(attention.widths, dim=-1))
+        if attention.q_norm is not None:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        if turning:
+            q, k = rope(q, cos, sin, eager=plain), rope(k, cos, sin, eager=plain)
+        return q, k, v
 
     def _group(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Group, Tensor | None]:
         """These linears of `parent` as one, and their biases; E holds the adapters as they are now."""

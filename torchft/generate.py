@@ -51,7 +51,8 @@ def generate(
 
     temperature 0 takes the likeliest token, and the result is that of decoding each prompt alone and without a cache;
     above it, tokens are drawn from the smallest set that holds `top_p` of the probability, from a generator seeded with
-    `seed` (the global random state is not touched). `on_token(row, token)` is called as tokens come.
+    `seed` (the global random state is not touched). With LongRoPE or dynamic RoPE a text counts as long as it may become.
+    `on_token(row, token)` is called as tokens come.
     Blocks that are compiled run uncompiled in here: every step has another shape. Every process of a run whose model is
     divided must call it with the same prompts; the first one's choices hold.
 

@@ -82,7 +82,7 @@ def random_weights(model: CausalLM, *, seed: int, device: torch.device | str, dt
     for name, slot in _base_slots(model).items():
         value = torch.empty(slot.param.shape, dtype=slot.dtype(dtype), device=device)
         if name.endswith("norm.weight"):
-            value.fill_(1.0)
+            value.fill_(0.0 if model.config.norm_offset else 1.0)
         elif name.endswith(".bias"):
             value.zero_()
         else:

@@ -57,6 +57,19 @@ def test_logprobs_equal_fp64_autograd(chunk_size):
 
 
 @pytest.mark.parametrize("op", [linear_cross_entropy, linear_logprobs])
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_capped_logits_equal_fp64_autograd(op, chunk_size):
+    """Caps that logits of size 3.5 run into, so that the slope of the tanh matters."""
+    hidden, weight, labels = problem()
+    got = op(hidden, weight, labels, chunk_size=chunk_size, softcap=2.5).sum()
+    logits = 2.5 * torch.tanh(hidden.double() @ weight.double().T / 2.5)
+    expected = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    expected = expected if op is linear_cross_entropy else -expected
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+    assert_same_gradients(got * 0.37, expected * 0.37, (hidden, weight), 1e-6)
+
+
+@pytest.mark.parametrize("op", [linear_cross_entropy, linear_logprobs])
 def test_upstream_gradients_of_ignored_tokens_go_nowhere(op):
     hidden, weight, labels = problem()
     gradient = torch.autograd.grad(op(hidden, weight, labels).sum(), hidden)[0]

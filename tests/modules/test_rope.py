@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torchft.modules.rope import RopeConfig, apply_rope, inverse_frequencies, rope_tables
+from torchft.modules.rope import RopeConfig, apply_rope, document_lengths, inverse_frequencies, rope_tables
 from torchft.modules.transformer import CausalLM, TransformerConfig
 
 
@@ -95,3 +95,51 @@ def test_casting_the_model_leaves_the_tables_alone():
     assert cos_low.dtype == sin_low.dtype == torch.float32
     assert torch.equal(cos, cos_low) and torch.equal(sin, sin_low)
     assert logits[torch.bfloat16].dtype == torch.bfloat16
+
+
+def test_a_documents_length_is_its_own():
+    """Packed rows, left padding, and a cache that will hold 5 tokens more: the last document of a row grows, no other."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 0, 1, 2, 3, 4, 5]])
+    assert document_lengths(positions).tolist() == [[3, 3, 3, 2, 2, 3, 3, 3], [1, 1, 6, 6, 6, 6, 6, 6]]
+    assert document_lengths(positions, more=5).tolist() == [[3, 3, 3, 2, 2, 8, 8, 8], [1, 1, 11, 11, 11, 11, 11, 11]]
+    assert document_lengths(torch.tensor([[7], [3]]), more=2).tolist() == [[10], [6]]
+
+
+def test_longrope_takes_its_long_factors_beyond_the_original_length():
+    rope = RopeConfig(
+        4, kind="longrope", factor=4.0, original_max_positions=16, short_factors=(1.0, 2.0), long_factors=(8.0, 16.0)
+    )
+    lengths = torch.tensor([[15, 16, 17]])
+    plain = torch.tensor([1.0, 0.01])
+    expected = torch.stack([plain / torch.tensor(f) for f in ((1.0, 2.0), (1.0, 2.0), (8.0, 16.0))])
+    torch.testing.assert_close(inverse_frequencies(rope, lengths)[0], expected)
+    cos, _ = rope_tables(rope, torch.zeros(1, 1, dtype=torch.int64))
+    assert cos[0, 0, 0].item() == pytest.approx(math.sqrt(1 + math.log(4) / math.log(16)))
+
+
+def test_dynamic_stretches_the_slowest_pair_by_the_excess():
+    """At twice the original length and factor 1, theta is such that the slowest pair turns half as fast (NTK's definition)."""
+    rope = RopeConfig(8, kind="dynamic", factor=1.0, original_max_positions=32)
+    plain = inverse_frequencies(RopeConfig(8))
+    inside, beyond = inverse_frequencies(rope, torch.tensor([[32, 64]]))[0]
+    torch.testing.assert_close(inside, plain)
+    assert beyond[-1].item() == pytest.approx(plain[-1].item() / 2) and beyond[0] == plain[0]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_partial_rotation_leaves_the_rest_alone(interleaved):
+    rope = RopeConfig(head_dim=12, partial_rotary_factor=0.5)
+    x = torch.randn(2, 5, 3, 12)
+    tables = rope_tables(rope, torch.arange(5)[None])
+    y = apply_rope(x, *tables, interleaved)
+    assert tables[0].shape == (1, 5, 3) and torch.equal(y[..., 6:], x[..., 6:])
+    assert torch.equal(y[..., :6], apply_rope(x[..., :6], *tables, interleaved)) and not torch.equal(y[:, 1:, :, :6], x[:, 1:, :, :6])
+    pairs = y[..., :6].unflatten(-1, (3, 2)) if interleaved else y[..., :6].unflatten(-1, (2, 3)).transpose(-1, -2)
+    before = x[..., :6].unflatten(-1, (3, 2)) if interleaved else x[..., :6].unflatten(-1, (2, 3)).transpose(-1, -2)
+    torch.testing.assert_close(pairs.norm(dim=-1), before.norm(dim=-1))
+
+
+def test_without_rope_nothing_moves():
+    rope = RopeConfig(head_dim=12, partial_rotary_factor=0.0)
+    x = torch.randn(1, 5, 3, 12)
+    assert torch.equal(apply_rope(x, *rope_tables(rope, torch.arange(5)[None])), x)
