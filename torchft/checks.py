@@ -17,7 +17,7 @@ LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet", ".txt")  # any other data p
 CHOICES = {
     "model.weights": ("pretrained", "random"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.quantize": ("none", "nf4"),
+    "model.quantize": ("none", "nf4", "fp8"),
     "model.compile": ("auto", "on", "off"),
     "data.train_on": ("all", "last"),
     "data.truncation": ("drop", "right"),
