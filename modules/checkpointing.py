@@ -108,6 +108,8 @@ def apply_activation_checkpointing(model: nn.Module, mode: str, offload: bool = 
             'model.activation_checkpointing: none there are none. Set it to "full" or "every_<n>".'
         )
     model.model.checkpointing = Checkpointing(every=every, offload=offload)
+    for index, block in enumerate(model.model.layers):
+        block.recomputed = every > 0 and index % every == 0
 
 
 def _blocks_apart(mode: str) -> int:

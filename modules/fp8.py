@@ -38,7 +38,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_ROW)  # (T, 1)
-    return (x * (LARGEST / largest)).to(DTYPE), (largest / LARGEST).squeeze(-1)
+    inverse = torch.full_like(largest, LARGEST) / largest  # of a number and a tensor, PyTorch rounds the division twice
+    return (x * inverse).to(DTYPE), (largest / LARGEST).squeeze(-1)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Block(nn.Module):
     """One layer: attention and feed forward, each on the normalised residual stream."""
 
     base_stays = True  # whether frozen weights stay where they are; False once shard_model divides them
+    recomputed = False  # whether its forward runs again in backward: set by apply_activation_checkpointing
     draws = True  # whether its forward may draw random numbers (dropout)
     compilable = True  # whether torch.compile has something to gain
 

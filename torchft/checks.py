@@ -24,7 +24,7 @@ CHOICES = {
     "optim.name": ("adamw", "adamw_8bit"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }
-KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "cross_entropy")  # lora: the folded products of torchft/fuse.py
+KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy")  # lora: the folded products of torchft/fuse.py
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text")

@@ -2,7 +2,7 @@
 
     log.print(str(fuse(model, cfg.model.kernels, device)))     # delete it, and everything works as before
 
-Blocks become FusedBlocks (fused_block.py), which hold the very same submodules: names, parameters, state dict and dtypes stay.
+Blocks become FusedBlocks (fused_block.py; with an FP8 base fused_fp8.py), which hold the very same submodules: names, parameters, state dict and dtypes stay.
 Whatever a kernel does not cover (generation with a cache, adapters switched off) runs in the plain forward; what is skipped
 altogether is said. Left out: fused blocks for full fine-tuning, whose weights are trained.
 """
@@ -10,9 +10,11 @@ altogether is said. Left out: fused blocks for full fine-tuning, whose weights a
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from torchft.checks import KERNELS
 from torchft.modules.compiler import missing_compiler
+from torchft.modules.fp8 import is_fp8
 from torchft.modules.lora import LoRALinear
 from torchft.modules.transformer import CausalLM
 
@@ -53,6 +55,7 @@ def fuse(model: CausalLM, switches: dict[str, str], device: torch.device) -> Fus
 def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     """`fuse`, whatever the device."""
     from torchft.fused_block import FusedBlock  # here: Triton is not everywhere
+    from torchft.fused_fp8 import FusedFp8Block
     from torchft.kernels.linear_cross_entropy import linear_cross_entropy
 
     loss = "cross_entropy" not in eager
@@ -61,9 +64,15 @@ def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     skipped = "model.kernels says so" if "lora" in eager else _why_not(model)
     if not skipped:
         layers = model.model.layers
+        swapped = FusedFp8Block if any(_in_fp8(layers)) else FusedBlock
         for index, block in enumerate(layers):
-            layers[index] = FusedBlock(block, " ".join(eager))
+            layers[index] = swapped(block, " ".join(eager))
     return FuseReport(0 if skipped else len(model.model.layers), loss, eager, skipped)
+
+
+def _in_fp8(layers: nn.Module) -> list[bool]:
+    """Of each linear with a weight of its own, whether that is FP8."""
+    return [is_fp8(param) for name, param in layers.named_parameters() if ".lora_" not in name and param.dim() == 2]
 
 
 def _why_not(model: CausalLM) -> str:
@@ -77,4 +86,7 @@ def _why_not(model: CausalLM) -> str:
         return "DoRA rescales every output"
     if any(layer.dropout > 0 for layer in adapted):
         return "lora.dropout acts between the products that are folded"
+    in_fp8 = _in_fp8(layers)
+    if any(in_fp8) and not all(in_fp8):
+        return "some of their linears are FP8 and some are not"
     return ""

@@ -31,7 +31,7 @@ class FusedBlock(Block):
         nn.Module.__init__(self)
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.base_stays = block.base_stays
+        self.base_stays, self.recomputed = block.base_stays, block.recomputed
         self.eager = eager
         self.adapted = [module for module in self.modules() if isinstance(module, LoRALinear)]
         self.packed: dict[str, Tensor] = {}  # E of kernels/lora_linear.py, by the group's first linear
@@ -72,7 +72,7 @@ class FusedBlock(Block):
     def _group(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Group, Tensor | None]:
         """These linears of `parent` as one, and their biases; E holds the adapters as they are now."""
         linears = [getattr(parent, name) for name in names]
-        adapters = [_adapter(linear) for linear in linears]
+        adapters = [adapter_of(linear) for linear in linears]
         a, b = [pair[0] for pair in adapters], [pair[1] for pair in adapters]
         scale = self.adapted[0].scale  # one for all of a model
         biases = [linear.bias for linear in linears]
@@ -101,7 +101,7 @@ class FusedBlock(Block):
         return extended
 
 
-def _adapter(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+def adapter_of(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """A (r, D) and B (O, r); of rank 0 where a linear has none."""
     if isinstance(linear, LoRALinear):
         return linear.lora_A.weight, linear.lora_B.weight

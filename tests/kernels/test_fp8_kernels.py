@@ -1,0 +1,317 @@
+"""FP8 rows and what is made of them, against PyTorch and fp64. On the CPU the kernels run in Triton's interpreter.
+
+Its cast to e4m3 is wrong (it loses the carry into the exponent: 124.3 becomes 64, not 128; it rounds ties up; NaN becomes a number), so
+that there the kernels write fp32 where they write e4m3 on a GPU: what is rounded is compared bit for bit, the rounding itself
+is PyTorch's here, and the kernels' in the tests marked gpu.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from rows import DEVICE, assert_rounded_once, distance, poisoned, spread, unchanged
+from torch import Tensor
+
+from torchft.kernels import fp8_linear, fp8_quantize, fp8_rms_norm
+from torchft.kernels.fp8_mlp import Mlp, fp8_mlp
+from torchft.kernels.fp8_norm_linear import fp8_norm_linear
+from torchft.kernels.fp8_quantize import quantize_rows, quantize_rows_eager
+from torchft.kernels.fp8_rms_norm import fp8_add_rms_norm
+from torchft.kernels.fp8_transpose import transpose
+from torchft.kernels.lora_gate import Term, lora_gate, lora_gate_backward
+from torchft.kernels.rms_norm import add_rms_norm
+
+DTYPES = (torch.float32, torch.float16)
+PLAIN = "fp8 rms_norm swiglu"
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 in place of e4m3, kernel and twin."""
+    monkeypatch.setattr(fp8_quantize, "DTYPE", torch.float32)
+
+
+def rows(count: int, width: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(count, width, generator=generator)).to(dtype).to(DEVICE)
+
+
+def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for left, right in zip(found, expected, strict=True):
+        assert left.dtype == right.dtype
+        torch.testing.assert_close(left.float(), right.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("with_factor", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, width", [(1, 1), (5, 63), (3, 1000), (2, 1025), (0, 7)])
+def test_rows_are_scaled_as_pytorch_does(
+    count: int, width: int, dtype: torch.dtype, with_factor: bool, unrounded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_quantize, "MAX_BLOCK", 512)  # wider rows are read twice
+    x = spread(rows(count, width, dtype)) if count else rows(count, width, dtype)
+    factor = torch.linspace(0.1, 30, width, device=DEVICE) if with_factor else None
+    with unchanged(x, factor):
+        found = quantize_rows(x, factor)
+    same(found, quantize_rows_eager(x, factor))
+    assert found[0].is_contiguous() and found[0].shape == (count, width)
+
+
+def check_bound(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """3 bits of mantissa: half a unit of the last place is 2^-4 of the number, below 2^-6 it is 2^-10. (And fp32's own rounding.)"""
+    error = (codes.double() * scale.double()[:, None] - x.double()).abs()
+    bound = torch.maximum(x.double().abs() * 2**-4, scale.double()[:, None] * 2**-10)
+    assert bool((error <= bound * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e5, 1e37])
+def test_codes_are_as_close_as_e4m3_can_be(scale: float) -> None:
+    x = rows(9, 4000, scale=scale)
+    x[3] *= torch.logspace(-9, 0, 4000, device=DEVICE)
+    codes, scales = quantize_rows(x, eager=True)
+    assert codes.dtype == torch.float8_e4m3fn and bool(codes.float().isfinite().all())
+    assert bool((codes.float().abs().amax(1) == 448).all())
+    check_bound(x, codes, scales)
+    assert (codes.double() * scales[:, None] - x.double()).norm() <= 0.03 * x.double().norm()  # 2^-4 / sqrt(3) / 1.4 on average
+
+
+def test_rows_without_a_scale() -> None:
+    """Zeros stay zeros; the largest number there is becomes no NaN; an infinity becomes one, and is found by the step's check."""
+    x = torch.tensor([[0.0, 0.0], [1e-38, 0.0], [3.4e38, -3.4e38], [torch.inf, 1.0], [torch.nan, 1.0]])
+    codes, scale = quantize_rows(x, eager=True)
+    back = codes.float() * scale[:, None]
+    assert torch.equal(back[0], torch.zeros(2)) and back[1].abs().max() <= 1e-30
+    torch.testing.assert_close(back[2], x[2])
+    assert bool(back[3].isnan().any()) and bool(back[4].isnan().any())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (130, 5), (64, 256), (129, 300)])
+def test_transpose(shape: tuple[int, int]) -> None:
+    x = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    out = transpose(x)
+    assert out.dtype == x.dtype and out.is_contiguous() and torch.equal(out.view(torch.uint8), x.view(torch.uint8).T)
+    assert torch.equal(transpose(x, eager=True).view(torch.uint8), out.view(torch.uint8))
+
+
+@pytest.mark.parametrize("with_delta", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_with_codes_is_the_norm_and_its_codes(dtype: torch.dtype, with_delta: bool, unrounded: None) -> None:
+    h, delta, weight = rows(5, 300, dtype), rows(5, 300, dtype, seed=1) if with_delta else None, rows(1, 300, seed=2)[0]
+    with poisoned(), unchanged(h, delta, weight):
+        h2, rstd, x, codes, scale = fp8_add_rms_norm(h, delta, weight, 1e-5)
+    out = torch.empty_like(h)
+    same((h2, rstd), add_rms_norm(h, delta, weight, 1e-5, out))
+    same((x, codes, scale), (out, *quantize_rows_eager(out)))
+
+
+GATES = [(1, 16, 4, 4, 4), (70, 40, 3, 0, 5), (65, 130, 17, 17, 0), (3, 129, 0, 0, 0)]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, width, rank_gate, rank_up, rank_down", GATES)
+def test_gate_with_adapters(
+    count: int, width: int, rank_gate: int, rank_up: int, rank_down: int, dtype: torch.dtype, eager: bool
+) -> None:
+    """Forward, both gradients and the activation once more, against fp64 of the operands as they are rounded."""
+    gate_up, dact, xa = rows(count, 2 * width, dtype), rows(count, width, dtype, seed=1), rows(count, rank_gate + rank_up, dtype, seed=2)
+    bg, bu, a = rows(width, rank_gate, seed=3), rows(width, rank_up, seed=4), rows(rank_down, width, seed=5)
+    q = rows(count, rank_down, dtype, seed=6)
+    gate, up, down = Term(xa[:, :rank_gate], bg), Term(xa[:, rank_gate:], bu), Term(q, a)
+    with poisoned(), unchanged(gate_up, dact, xa, bg, bu, a, q):
+        torch.empty(1, dtype=dtype, device=DEVICE)  # the twin allocates nothing by itself
+        act = lora_gate(gate_up, gate, up, eager=eager)
+        grad, again = lora_gate_backward(dact, down, 1.5, gate_up, gate, up, eager=eager)
+    base = gate_up.double().requires_grad_()
+    exact = [term.x.double() @ term.w.to(dtype).double().T for term in (gate, up)]
+    g, u = base[:, :width] + exact[0], base[:, width:] + exact[1]
+    expected = g * torch.sigmoid(g) * u
+    da = dact.double() + q.double() @ (a * 1.5).to(dtype).double()
+    expected.backward(da)
+    for found, wanted in ((act, expected.detach()), (again, expected.detach()), (grad, base.grad)):
+        assert found.dtype == dtype
+        assert_rounded_once(found, wanted)
+
+
+# -------------------------------------------------------------------- the functions, against fp64 of the same quantised maths
+
+
+class Exact(torch.autograd.Function):
+    """The base product in fp64, on the codes that ours used."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        return as_recorded(x) @ (codes.double() * scale.double()[:, None]).T
+
+    @staticmethod
+    def backward(ctx: object, dy: Tensor) -> tuple[Tensor, None, None]:
+        codes, scale = ctx.saved_tensors
+        return as_recorded(dy * scale) @ codes.double(), None, None
+
+
+RECORDED: list[tuple[Tensor, Tensor]] = []
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quantised is kept, since fp32 and fp64 may fall on two sides of a tie, with a code's step between them."""
+    RECORDED.clear()
+
+    def record(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        RECORDED.append(quantize_rows_eager(x, factor))
+        return RECORDED[-1]
+
+    for module in (fp8_quantize, fp8_rms_norm):
+        monkeypatch.setattr(module, "quantize_rows_eager", record)
+
+
+def as_recorded(x: Tensor) -> Tensor:
+    """x as ours rounded it: the nearest of what was quantised, which must be its rounding."""
+    alike = [codes.double() * scale.double()[:, None] for codes, scale in RECORDED if codes.shape == x.shape]
+    index = min(range(len(alike)), key=lambda i: distance(alike[i], x))
+    codes, scale = [pair for pair in RECORDED if pair[0].shape == x.shape][index]
+    check_bound(x, codes, scale)
+    return alike[index]
+
+
+def group(width: int, outs: tuple[int, ...], ranks: tuple[int, ...], apart: bool, seed: int) -> fp8_linear.Fp8Group:
+    """`apart`: weights one by one and no kept transpose, as FSDP2 and recomputed blocks have it."""
+    parts = [quantize_rows_eager(rows(out, width, scale=0.3, seed=seed + i).cpu()) for i, out in enumerate(outs)]
+    stacked = fp8_linear.above_each_other([codes for codes, _ in parts])
+    weights, flipped = ([codes for codes, _ in parts], None) if apart else ([stacked], transpose(stacked, eager=True))
+    a = [rows(rank, width, scale=0.2, seed=seed + 10 + i).cpu().requires_grad_() for i, rank in enumerate(ranks)]
+    pairs = enumerate(zip(outs, ranks, strict=True))
+    b = [rows(out, rank, scale=0.2, seed=seed + 20 + i).cpu().requires_grad_() for i, (out, rank) in pairs]
+    return fp8_linear.Fp8Group(weights, torch.cat([scale for _, scale in parts]), flipped, torch.ones(width), a, b, 1.5)
+
+
+def exact_linear(x: Tensor, g: fp8_linear.Fp8Group, leaves: list[Tensor]) -> Tensor:
+    codes = fp8_linear.above_each_other(g.weights)
+    a, b = leaves[: len(g.a)], leaves[len(g.a) :]
+    added = [1.5 * (x @ part.T) @ other.T for part, other in zip(a, b, strict=True)]
+    return Exact.apply(x, codes, g.row_scale) + torch.cat(added, dim=1)
+
+
+def twins(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def compare(run: Callable, exact: Callable, inputs: list[Tensor], groups: list[fp8_linear.Fp8Group]) -> None:
+    """Outputs and the gradients of all inputs and adapters. On the same codes, what is left is fp32's rounding."""
+    leaves = [inputs, *([*g.a, *g.b] for g in groups)]
+    doubles = [twins(*each) for each in leaves]
+    found, expected = run(*inputs), exact(*doubles[0], *doubles[1:])
+    found, expected = ((each,) if isinstance(each, Tensor) else each for each in (found, expected))
+    upstream = [torch.randn(y.shape, generator=torch.Generator().manual_seed(9)) for y in found]
+    with unchanged(*(leaf for each in leaves for leaf in each)):
+        torch.autograd.backward(found, upstream)
+    torch.autograd.backward(expected, [each.double() for each in upstream])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert distance(ours.detach(), theirs.detach()) <= 2e-6
+    for ours, theirs in zip([x for each in leaves for x in each], [x for each in doubles for x in each], strict=True):
+        assert ours.numel() == 0 or distance(ours.grad, theirs.grad) <= 5e-6
+
+
+def leaf(count: int, width: int, seed: int) -> Tensor:
+    return rows(count, width, seed=seed).cpu().requires_grad_()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("outs, ranks", [((48,), (4,)), ((32, 16, 16), (3, 0, 5)), ((16,), (0,))])
+def test_linear_in_fp64s_terms(outs: tuple[int, ...], ranks: tuple[int, ...], apart: bool, recorded: None) -> None:
+    g = group(64, outs, ranks, apart, seed=50)
+    compare(lambda x: fp8_linear.fp8_linear(x, g, None, PLAIN), lambda x, leaves: exact_linear(x, g, leaves), [leaf(11, 64, 1)], [g])
+
+
+def exact_norm(h: Tensor, weight: Tensor) -> Tensor:
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+
+
+def test_norm_and_linear_in_fp64s_terms(recorded: None) -> None:
+    g, norm, bias = group(64, (32, 16, 16), (4, 4, 4), False, seed=60), rows(1, 64, seed=3)[0].cpu(), rows(1, 64, seed=4)[0].cpu()
+
+    def exact(h: Tensor, leaves: list[Tensor]) -> Tensor:
+        return exact_linear(exact_norm(h, norm), g, leaves) + bias.double()
+
+    compare(lambda h: fp8_norm_linear(h, norm, 1e-5, g, bias, PLAIN), exact, [leaf(11, 64, 1)], [g])
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (0, 3, 5), (3, 0, 0)])
+def test_mlp_in_fp64s_terms(ranks: tuple[int, int, int], recorded: None) -> None:
+    wide, down = group(64, (96, 96), ranks[:2], False, seed=70), group(96, (64,), ranks[2:], True, seed=80)
+    norm = rows(1, 64, seed=3)[0].cpu()
+    biases = rows(1, 192, seed=4)[0].cpu(), rows(1, 64, seed=5)[0].cpu()
+    mlp = Mlp(norm, 1e-5, wide, biases[0], down, biases[1], PLAIN)
+
+    def exact(h: Tensor, delta: Tensor, first: list[Tensor], second: list[Tensor]) -> tuple[Tensor, Tensor]:
+        total = h + delta
+        gate, up = (exact_linear(exact_norm(total, norm), wide, first) + biases[0].double()).chunk(2, dim=1)
+        return total, exact_linear(gate * torch.sigmoid(gate) * up, down, second) + biases[1].double()
+
+    compare(lambda h, delta: fp8_mlp(h, delta, mlp), exact, [leaf(11, 64, 1), leaf(11, 64, 2)], [wide, down])
+
+
+def test_refused() -> None:
+    x = torch.randn(3, 8)
+    for call, what in (
+        (lambda: quantize_rows(x.T, eager=True), "x: a kernel needs"),
+        (lambda: quantize_rows(x, torch.ones(7), eager=True), "factor"),
+        (lambda: transpose(x), "matrix of bytes"),
+        (lambda: lora_gate(x, Term(x[:, :2], x[:2]), Term(x[:, :2], x[:2]), eager=True), "lora_gate"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            call()
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [16, 1000, 4096, 14336, 28672, 57344])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_on_cuda_are_the_twins_bit_for_bit(dtype: torch.dtype, width: int) -> None:
+    x = rows(64, width, dtype)
+    x[1], x[2, 0] = 0, torch.finfo(dtype).max
+    x[3] *= torch.logspace(-6, 0, width, device=DEVICE).to(dtype)
+    factor = torch.linspace(1e-4, 3e-4, width, device=DEVICE)
+    for each in (None, factor):
+        same(quantize_rows(x, each), quantize_rows_eager(x, each))
+    spoiled = rows(2, width, dtype)
+    spoiled[0, 3], spoiled[1, 5] = torch.inf, torch.nan
+    assert bool(quantize_rows(spoiled)[0].float().isnan().any(1).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(333, 4096, 6144), (64, 14336, 4096), (1, 16, 32)])
+def test_products_on_cuda_are_those_of_the_codes(shape: tuple[int, int, int]) -> None:
+    """bf16's rounding, 2^-9 of a number, and the tensor cores' sums of 14 bits."""
+    count, width, out = shape
+    x, w = quantize_rows(rows(count, width, torch.bfloat16)), quantize_rows(rows(out, width, torch.bfloat16, seed=1))
+    bias = rows(1, out, torch.bfloat16, seed=2)[0]
+    y = fp8_linear.scaled_product(*x, *w, bias, torch.bfloat16)
+    dense = [codes.double() * scale.double()[:, None] for codes, scale in (x, w)]
+    assert distance(y, dense[0] @ dense[1].T + bias.double()) <= 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gate_and_norm_on_cuda(dtype: torch.dtype) -> None:
+    count, width, rank = 333, 14336, 16
+    gate_up, dact, xa = rows(count, 2 * width, dtype), rows(count, width, dtype, seed=1), rows(count, 2 * rank, dtype, seed=2)
+    bg, bu, a, q = rows(width, rank, seed=3), rows(width, rank, seed=4), rows(rank, width, seed=5), rows(count, rank, dtype, seed=6)
+    terms = Term(xa[:, :rank], bg), Term(xa[:, rank:], bu)
+    units = torch.finfo(dtype).eps
+    results = [
+        (lora_gate(gate_up, *terms, eager=eager), *lora_gate_backward(dact, Term(q, a), 0.5, gate_up, *terms, eager=eager))
+        for eager in (False, True)
+    ]
+    for found, expected in zip(*results, strict=True):
+        assert distance(found, expected.double()) <= max(units, 1e-5)
+    h, delta, weight = rows(count, 4096, dtype), rows(count, 4096, dtype, seed=1), rows(1, 4096, seed=2)[0]
+    h2, rstd, x, codes, scale = fp8_add_rms_norm(h, delta, weight, 1e-5)
+    out = torch.empty_like(h)
+    same((h2, rstd), add_rms_norm(h, delta, weight, 1e-5, out))
+    same((x, codes, scale), (out, *quantize_rows_eager(out)))
+    assert math.isfinite(scale.sum().item())
