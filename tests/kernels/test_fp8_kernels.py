@@ -134,6 +134,20 @@ def test_gate_with_adapters(
         assert_rounded_once(found, wanted)
 
 
+def test_a_small_update_of_the_gate_is_not_rounded_away() -> None:
+    """A tenth of a bf16 step of the base: one result in ten moves by a step, on average as far as in fp64. Added to the
+    base and rounded there, it would be lost in all of them. (bf16 in the twin, since tl.dot is wrong in the interpreter.)"""
+    gate_up = torch.cat([rows(256, 512, torch.bfloat16), torch.ones(256, 512, device=DEVICE).bfloat16()], dim=1)
+    one, none = torch.ones(256, 1, device=DEVICE).bfloat16(), torch.zeros(512, 0, device=DEVICE)
+    acts = [
+        lora_gate(gate_up, Term(one, torch.full((512, 1), size, device=DEVICE)), Term(one[:, :0], none), eager=DEVICE == "cpu")
+        for size in (0.0, 2**-11)
+    ]
+    gate = gate_up[:, :512].double()
+    exact = (torch.nn.functional.silu(gate + 2**-11) - torch.nn.functional.silu(gate)).sum()
+    assert (acts[1].double() - acts[0].double()).sum().item() == pytest.approx(exact.item(), rel=0.1)
+
+
 # -------------------------------------------------------------------- the functions, against fp64 of the same quantised maths
 
 
