@@ -41,6 +41,7 @@ class Mlp(NamedTuple):
     down: Fp8Group
     down_bias: Tensor | None
     eager: str  # kernels that plain PyTorch shall do instead (rms_norm, swiglu, fp8), separated by blanks
+    replayed: bool = False  # only what backward needs is computed, y is memory that nobody has written
 
 
 class _Fp8Mlp(torch.autograd.Function):
@@ -53,10 +54,11 @@ class _Fp8Mlp(torch.autograd.Function):
         gate_up = base_product(codes, scale, group, mlp.gate_up_bias, h.dtype)
         xa = adapters_down(x, group)
         act = lora_gate(gate_up, *_terms(xa, group), eager="swiglu" in mlp.eager)
-        codes, scale = quantize_rows(act, eager=plain)
-        y = base_product(codes, scale, down, mlp.down_bias, h.dtype)
-        act_a = adapters_down(act, down)
-        add_adapters(y, act_a, down)
+        act_a, y = adapters_down(act, down), torch.empty_like(h)
+        if not mlp.replayed:
+            codes, scale = quantize_rows(act, eager=plain)
+            y = base_product(codes, scale, down, mlp.down_bias, h.dtype)
+            add_adapters(y, act_a, down)
         ctx.save_for_backward(total, rstd, gate_up, xa, act_a)
         ctx.mlp = mlp
         return total, y

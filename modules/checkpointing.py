@@ -77,8 +77,15 @@ class Checkpointing:
         if index == 0:
             self.last = None
 
+        replayed = False
+
         def recompute(h: Tensor) -> Tensor:  # the tables and masks in `args` are shared by all blocks: not saved again
-            return block(h, *args)
+            nonlocal replayed
+            block.replayed, replayed = replayed, True
+            try:
+                return block(h, *args)
+            finally:
+                block.replayed = False
 
         # Not stopped early, by an exception amid the block's last op: it would save one addition, and is lost (a SystemError) where
         # CUDA's allocations are recorded.

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from torchft.fuse import swap
 from torchft.fused_fp8 import FusedFp8Block
-from torchft.kernels import fp8_quantize
+from torchft.kernels import fp8_mlp, fp8_quantize
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.fp8 import fill, is_fp8, quantize_fp8
 from torchft.modules.lora import LoraSpec, adapters_off, trainable_parameters
@@ -66,6 +66,21 @@ def test_recomputing_keeps_no_transposes_and_changes_no_bit(mode: str) -> None:
     kept = [len(block.flipped) for block in twins[1].model.layers]
     assert [len(block.flipped) for block in twins[0].model.layers] == [4, 4, 4]
     assert kept == ([0, 0, 0] if mode == "full" else [0, 4, 0])
+
+
+def test_the_second_forward_of_a_recomputed_block_computes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward needs what it saves, and not what it returns: down's product, a quarter of a block, is left out; and only then."""
+    calls = []
+    product = fp8_mlp.base_product
+    monkeypatch.setattr(fp8_mlp, "base_product", lambda *inputs: calls.append(inputs[2].scale) or product(*inputs))
+    model = fused(in_fp8())
+    apply_activation_checkpointing(model, "full")
+    loss = model(**batch())
+    assert len(calls) == 2 * 3
+    loss.backward()
+    assert len(calls) == 3 * 3
+    with torch.no_grad():
+        assert torch.equal(model(**batch()), loss) and len(calls) == 5 * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there kernels run on the GPU, and not in the interpreter")

@@ -56,7 +56,8 @@ class FusedBlock(Block):
         group, bias = self._group(mlp, GATE_UP)
         total, gate_up = lora_norm_linear(flat, delta, norm.weight, norm.eps, group, bias, eager)
         group, bias = self._group(mlp, DOWN)
-        return (total + lora_swiglu_linear(gate_up, group, bias, "silu", eager)).view(h.shape)
+        y = lora_swiglu_linear(gate_up, group, bias, "silu", eager, self.replayed)
+        return (total if self.replayed else total + y).view(h.shape)
 
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, plain = self.self_attn, "rope" in self.eager

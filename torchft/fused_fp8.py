@@ -41,8 +41,8 @@ class FusedFp8Block(FusedBlock):
         delta = fp8_linear(y.reshape(len(flat), -1), *self._fp8_group(attention, O), eager)
         norm = self.post_attention_layernorm
         groups = *self._fp8_group(mlp, GATE_UP), *self._fp8_group(mlp, DOWN)
-        total, y = fp8_mlp(flat, delta, Mlp(norm.weight, norm.eps, *groups, eager))
-        return (total + y).view(h.shape)
+        total, y = fp8_mlp(flat, delta, Mlp(norm.weight, norm.eps, *groups, eager, self.replayed))
+        return (total if self.replayed else total + y).view(h.shape)
 
     def _fp8_group(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Fp8Group, Tensor | None]:
         """These linears of `parent` as one, and their biases."""
