@@ -44,6 +44,7 @@ def test_both_methods_of_every_size_are_there():
     assert set(config_names()) == {f"{size}_{method}" for size in SIZED for method in ("lora", "qlora")} | {
         "tiny/lora",
         "tiny/qlora",
+        "llama3_1/8B_lora_fp8",
     }
 
 
