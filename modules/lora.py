@@ -97,11 +97,6 @@ class LoRALinear(nn.Linear):
             base = y if self.bias is None else y - self.bias
         return y + delta + excess * (base + delta)
 
-    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if fp8.is_fp8(self.weight):
-            return fp8.linear(x, self.weight, self.weight_scale, bias)
-        return nf4.linear(x, self.weight, bias)
-
     @torch.no_grad()  # section 4.3 of the DoRA paper: the norm is a constant in backward
     def row_norms(self) -> Tensor:
         """||W0 + s B A|| of each output row, (out,) fp32."""
@@ -113,6 +108,11 @@ class LoRALinear(nn.Linear):
         kind = "DoRA" if self.lora_magnitude_vector is not None else "LoRA"
         numbers = f"rank={self.lora_A.out_features}, scale={self.scale:g}, dropout={self.dropout:g}"
         return f"{super().extra_repr()}, {kind} {numbers}"
+
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if fp8.is_fp8(self.weight):
+            return fp8.linear(x, self.weight, self.weight_scale, bias)
+        return nf4.linear(x, self.weight, bias)
 
 
 @dataclass(frozen=True)
