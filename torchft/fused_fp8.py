@@ -35,7 +35,7 @@ class FusedFp8Block(FusedBlock):
         attention, mlp, eager = self.self_attn, self.mlp, self.eager
         flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
         norm = self.input_layernorm
-        qkv = fp8_norm_linear(flat, norm.weight, norm.eps, *self._fp8_group(attention, QKV), eager)
+        flat, qkv = fp8_norm_linear(flat, norm.weight, norm.eps, *self._fp8_group(attention, QKV), eager)
         q, k, v = self._rotated(qkv.view(*h.shape[:2], -1), cos, sin)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         delta = fp8_linear(y.reshape(len(flat), -1), *self._fp8_group(attention, O), eager)

@@ -246,8 +246,8 @@ def exact_norm(h: Tensor, weight: Tensor) -> Tensor:
 def test_norm_and_linear_in_fp64s_terms(recorded: None) -> None:
     g, norm, bias = group(64, (32, 16, 16), (4, 4, 4), False, seed=60), rows(1, 64, seed=3)[0].cpu(), rows(1, 64, seed=4)[0].cpu()
 
-    def exact(h: Tensor, leaves: list[Tensor]) -> Tensor:
-        return exact_linear(exact_norm(h, norm), g, leaves) + bias.double()
+    def exact(h: Tensor, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return 1.0 * h, exact_linear(exact_norm(h, norm), g, leaves) + bias.double()
 
     compare(lambda h: fp8_norm_linear(h, norm, 1e-5, g, bias, PLAIN), exact, [leaf(11, 64, 1)], [g])
 
