@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from torchft.modules.nf4 import frozen_linears
+
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3, which has no infinity
 SMALLEST_ROW = 1e-30  # rows of smaller numbers are rounded to zero: their scale's inverse would leave fp32
@@ -127,18 +129,8 @@ def quantize_fp8(model: nn.Module) -> Fp8Report:
     Raises:
         ValueError: no linear is frozen, so there is nothing that may be quantised.
     """
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head" and not module.weight.requires_grad
-    ]
-    if not linears:
-        raise ValueError(
-            "FP8 is storage for frozen weights, but every linear of the model is trained; call add_lora (or "
-            "requires_grad_(False), if nothing is to be trained) before quantize_fp8"
-        )
     quantized, skipped, num_bytes, num_weights = [], [], 0, 0
-    for name, module in linears:
+    for name, module in frozen_linears(model, "FP8"):
         if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
             skipped.append((name, f"whose sides {module.out_features} x {module.in_features} are no multiples of {MULTIPLE}"))
             continue
