@@ -1,19 +1,20 @@
 """Linears with an FP8 base and LoRA adapters beside it: the products, and the linear alone (o_proj) as one function.
 
-    y  = bias + sx sw (xq wq^T) + (x (sA)^T) B^T          x ~ sx xq, W ~ sw wq in e4m3, a scale per row (fp8_quantize.py)
-    dx = sg (gq wq) + (dy B) (sA)                         dy sw ~ sg gq: W's scales stand on what is summed over
-    dA = s (dy B)^T x        dB = dy^T (x (sA)^T)
+    y  = bias + sx sw (xq wq^T) + s (x A^T) B^T           x ~ sx xq, W ~ sw wq in e4m3, a scale per row (fp8_quantize.py)
+    dx = sg (gq wq) + s (dy B) A                          dy sw ~ sg gq: W's scales stand on what is summed over
+    dA = s (dy B)^T x        dB = s dy^T (x A^T)
 
-Rounding to e4m3 counts as the identity in backward. W, frozen, is held in e4m3 once, and transposed for dx: kept (`flipped`) or made for
-each use (fp8_transpose.py). The adapters' products are taken of 16-bit rows and in the 16-bit dtype: in FP8 a rank-16 product would round
-what is trained to 4 bits. What that moves beside the FP8 product, in bytes per number of x: 2 written and 2 read (against 1
-and 1), 6% of a product of 4,096 x 6,144 on an H200.
+Rounding to e4m3 counts as the identity in backward. W, frozen, is held in e4m3 once, and transposed for dx: kept (`flipped`)
+or made for each use (fp8_transpose.py). The adapters' products are taken of 16-bit rows and in the 16-bit dtype: in FP8 a
+rank-16 product would round what is trained to 4 bits. What that moves beside the FP8 product, in bytes per number of x: 2
+written and 2 read (against 1 and 1), 6% of a product of 4,096 x 6,144 on an H200.
 
 torch._scaled_mm gives bf16, to which y's adapter term is added: rounded twice, as in PEFT, but for gate and up, whose
 consumer adds it in fp32 (lora_gate.py), and which are half of a block's weights. Folding the adapters into the product, as
 lora_linear.py does, would need them in e4m3.
 
-Three functions share this file: `fp8_linear` here, `fp8_norm_linear` and `fp8_mlp`. They are autograd Functions, as in lora_linear.py.
+Three functions share this file: `fp8_linear` here, `fp8_norm_linear` and `fp8_mlp`. They are autograd Functions, as in
+lora_linear.py.
 
 Legend: T tokens, D input width, O output width (all linears of a group together), R their ranks' sum, s alpha / rank.
 """
@@ -35,9 +36,24 @@ class Fp8Group(NamedTuple):
     row_scale: Tensor  # (O,) fp32
     flipped: Tensor | None  # (D, O) e4m3, contiguous: weight^T, where it is kept
     ones: Tensor  # (D,) fp32: the scales of flipped's rows
-    a: list[Tensor]  # (r, D) each, r may be 0
+    a: list[Tensor]  # the adapters' parameters, (r, D) each, r may be 0
     b: list[Tensor]  # (o, r) each
+    a_rows: Tensor  # (R, D): all A above each other in the activations' dtype, made once for forward and backward
+    b_parts: list[Tensor]  # B in that dtype
     scale: float
+
+
+@torch.no_grad()
+def with_adapters(
+    base: tuple[list[Tensor], Tensor, Tensor | None, Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scale: float,
+    dtype: torch.dtype,
+) -> Fp8Group:
+    """A group of `base`, the first four fields, and adapters as they are now; `dtype`: of the activations."""
+    a_rows = a[0] if len(a) == 1 else torch.cat(a)
+    return Fp8Group(*base, a, b, a_rows.to(dtype), [part.to(dtype) for part in b], scale)
 
 
 def scaled_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -69,12 +85,8 @@ def base_product(codes: Tensor, scale: Tensor, group: Fp8Group, bias: Tensor | N
 
 
 def adapters_down(x: Tensor, group: Fp8Group) -> Tensor:
-    """x (T, D) -> x (sA)^T of all linears beside each other, (T, R)."""
-    return x @ _scaled_a(group, x.dtype).T
-
-
-def _scaled_a(group: Fp8Group, dtype: torch.dtype) -> Tensor:
-    return (torch.cat(group.a) * group.scale).to(dtype)
+    """x (T, D) -> x A^T of all linears beside each other, (T, R)."""
+    return x @ group.a_rows.T
 
 
 def columns(wide: Tensor, group: Fp8Group, ranks: bool) -> tuple[Tensor, ...]:
@@ -83,10 +95,10 @@ def columns(wide: Tensor, group: Fp8Group, ranks: bool) -> tuple[Tensor, ...]:
 
 
 def add_adapters(y: Tensor, xa: Tensor, group: Fp8Group) -> None:
-    """y (T, O) += x (sA)^T B^T, each linear in its columns: nothing is spent on the zeros between them."""
-    for part, x, b in zip(columns(y, group, False), columns(xa, group, True), group.b, strict=True):
+    """y (T, O) += s (x A^T) B^T, each linear in its columns: nothing is spent on the zeros between them."""
+    for part, x, b in zip(columns(y, group, False), columns(xa, group, True), group.b_parts, strict=True):
         if b.shape[1] > 0:
-            part.addmm_(x, b.to(y.dtype).T)
+            part.addmm_(x, b.T, alpha=group.scale)
 
 
 def base_gradient(dy: Tensor, group: Fp8Group, eager: str) -> Tensor:
@@ -101,7 +113,7 @@ def base_gradient(dy: Tensor, group: Fp8Group, eager: str) -> Tensor:
 
 def through_b(dy: Tensor, group: Fp8Group) -> Tensor:
     """dy B of all linears beside each other, (T, R)."""
-    parts = [part @ b.to(dy.dtype) for part, b in zip(columns(dy, group, False), group.b, strict=True)]
+    parts = [part @ b for part, b in zip(columns(dy, group, False), group.b_parts, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -109,15 +121,16 @@ def input_gradient(dy: Tensor, group: Fp8Group, eager: str) -> tuple[Tensor, Ten
     """dy (T, O) -> dx (T, D), dy B (T, R)."""
     dx, dyb = base_gradient(dy, group, eager), through_b(dy, group)
     if dyb.shape[1] > 0:
-        dx.addmm_(dyb, _scaled_a(group, dy.dtype))
+        dx.addmm_(dyb, group.a_rows, alpha=group.scale)
     return dx, dyb
 
 
 def adapter_gradients(dyb: Tensor, x: Tensor, dy: Tensor, xa: Tensor, group: Fp8Group) -> list[Tensor]:
     """Gradients of all A, then of all B, in fp32."""
-    da = _mm_fp32(dyb.T, x) * group.scale  # (R, D)
+    da = _mm_fp32(dyb.T, x).mul_(group.scale)  # (R, D)
     pairs = zip(columns(dy, group, False), columns(xa, group, True), strict=True)
-    return [*da.split([part.shape[0] for part in group.a]), *(_mm_fp32(part.T, x) for part, x in pairs)]
+    db = [_mm_fp32(part.T, x).mul_(group.scale) for part, x in pairs]
+    return [*da.split([part.shape[0] for part in group.a]), *db]
 
 
 def _mm_fp32(x: Tensor, y: Tensor) -> Tensor:

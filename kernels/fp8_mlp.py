@@ -1,6 +1,6 @@
 """Residual sum, RMS norm, gate and up, their activation, and down, FP8 linears with adapters, as one function.
 
-    h' = h + delta      x = norm(h')      [gate, up] = W x      act = silu(gate + its adapter) (up + its adapter)      y = down(act)
+    h' = h + delta    x = norm(h')    [gate, up] = W x    act = silu(gate + its adapter) (up + its adapter)    y = down(act)
 
 One function, because FP8 rows of d[gate, up] and of act belong to the products on both sides. Kept are h', one number per
 token, [gate, up] without the adapters' terms, and the adapters' x A^T; x and act are made again by backward's passes.
@@ -53,7 +53,7 @@ class _Fp8Mlp(torch.autograd.Function):
         )
         gate_up = base_product(codes, scale, group, mlp.gate_up_bias, h.dtype)
         xa = adapters_down(x, group)
-        act = lora_gate(gate_up, *_terms(xa, group), eager="swiglu" in mlp.eager)
+        act = lora_gate(gate_up, *_terms(xa, group), group.scale, eager="swiglu" in mlp.eager)
         act_a, y = adapters_down(act, down), torch.empty_like(h)
         if not mlp.replayed:
             codes, scale = quantize_rows(act, eager=plain)
@@ -71,7 +71,7 @@ class _Fp8Mlp(torch.autograd.Function):
         dyb = through_b(dy, down)
         dact = base_gradient(dy, down, mlp.eager)
         d_gate_up, act = lora_gate_backward(
-            dact, Term(dyb, down.a[0]), down.scale, gate_up, *_terms(xa, group), eager="swiglu" in mlp.eager
+            dact, Term(dyb, down.a_rows), gate_up, *_terms(xa, group), group.scale, eager="swiglu" in mlp.eager
         )
         gradients_down = adapter_gradients(dyb, act, dy, act_a, down)
         del act, dact
@@ -83,7 +83,7 @@ class _Fp8Mlp(torch.autograd.Function):
 
 def _terms(xa: Tensor, group: Fp8Group) -> tuple[Term, Term]:
     """What the adapters of gate and up add to them."""
-    return tuple(Term(x, b) for x, b in zip(columns(xa, group, True), group.b, strict=True))
+    return tuple(Term(x, b) for x, b in zip(columns(xa, group, True), group.b_parts, strict=True))
 
 
 def fp8_mlp(h: Tensor, delta: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
     x = norm(h)        y = bias + W x + s B A x  as in fp8_linear.py
 
-x is not kept: backward makes it again from h and one number per token in its pass over them. h comes back as a result, for the
-residual sum, so that its gradient on that way is added in the same pass, and not by autograd in one of its own (32 us of an H200
-for 8,192 x 4,096).
+x is not kept: backward makes it again from h and one number per token in its pass over them. h comes back as a result, for
+the residual sum, so that its gradient on that way is added in the same pass, and not by autograd in one of its own (32 us of
+an H200 for 8,192 x 4,096).
 
 Legend as in fp8_linear.py: T tokens, D hidden, O output width.
 """
@@ -28,7 +28,14 @@ from torchft.kernels.rms_norm import rms_norm_backward
 class _Fp8NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, h: Tensor, norm: Tensor, eps: float, group: Fp8Group, bias: Tensor | None, eager: str, *adapters: Tensor
+        ctx: FunctionCtx,
+        h: Tensor,
+        norm: Tensor,
+        eps: float,
+        group: Fp8Group,
+        bias: Tensor | None,
+        eager: str,
+        *adapters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         plain = "rms_norm" in eager or "fp8" in eager
         _, rstd, x, codes, scale = fp8_add_rms_norm(h, None, norm, eps, eager=plain)

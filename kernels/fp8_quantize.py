@@ -1,12 +1,12 @@
-"""Rows to e4m3 (4 exponent bits, 3 of mantissa), each with its own scale (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
+"""Rows to e4m3 (3 bits of mantissa), each with its own scale (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
 
     v = x factor          factor: one per column, or none
     scale = max |v| / 448            448: the largest e4m3, which has no infinity
     code = round(v 448 / max |v|)    to the nearest, ties to even
 
-so that code * scale is within 1/16 of v, or for the smallest within scale / 1024. All arithmetic is fp32. Backward's products use
-the factor: the scales of W's output rows, on which dy W sums, go into dy. A row of zeros, or of numbers below 1e-30, becomes
-zeros; a row with an infinity or a NaN holds a NaN, so that the step is found not to be finite.
+so that code * scale is within 1/16 of v, or for the smallest within scale / 1024. All arithmetic is fp32. Backward's products
+use the factor: the scales of W's output rows, on which dy W sums, go into dy. A row of zeros, or of numbers below 1e-30,
+becomes zeros; a row with an infinity or a NaN holds a NaN, so that the step is found not to be finite.
 
 `quantize_row` is also the end of kernels that write a row: it finds the row in a cache.
 

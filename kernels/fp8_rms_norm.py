@@ -1,7 +1,7 @@
 """Residual addition and RMS norm as in rms_norm.py, its result in h's dtype and in FP8 rows (fp8_quantize.py).
 
-The FP8 product reads the codes, the adapters' first product the 16-bit rows: 2 + 1 bytes written per number. The row is rounded to
-16 bits first and quantised from there, in the program that wrote it and finds it in its cache: a kernel of its own
+The FP8 product reads the codes, the adapters' first product the 16-bit rows: 2 + 1 bytes written per number. The row is
+rounded to 16 bits first and quantised from there, in the program that wrote it and finds it in its cache: a kernel of its own
 would read it from memory once more (16 us of an H200 for 8,192 x 4,096).
 
 Legend: T rows (tokens), D width.

@@ -1,12 +1,13 @@
 """The gate between adapted linears, with the adapters' terms added where they are read: forward and backward.
 
-    g = gate + xg Bg^T       u = up + xu Bu^T       act = g sigmoid(g) u           (SwiGLU, swiglu.py)
-    da = dact + q A          du = da g s            dg = da u (s + g s (1 - s))    s = sigmoid(g)
+    g = gate + c xg Bg^T     u = up + c xu Bu^T     act = g sigmoid(g) u           (SwiGLU, swiglu.py)
+    da = dact + c q A        du = da g s            dg = da u (s + g s (1 - s))    s = sigmoid(g)
 
-gate and up are the base products (with their biases) as they were rounded; xg, xu are x A^T of their adapters and B those, q is the
-gradient that the next linear's (down) adapter gets, dy B, times its A. The sums are taken in fp32 and not rounded again, so that an
-update far below a bf16 step of the base still moves the result; and no pass over gate and up (14 bytes per intermediate number
-and token) and over dact (6) is spent on adding them: of an 8B block's 8,192 tokens 0.22 and 0.17 ms on an H200.
+gate and up are the base products (with their biases) as they were rounded; xg, xu are x A^T of their adapters and B those, q
+is the gradient that the next linear's (down) adapter gets, dy B, times its A. The sums are taken in fp32 and not rounded
+again, so that an update far below a bf16 step of the base still moves the result; and no pass over gate and up (14 bytes per
+intermediate number and token) and over dact (6) is spent on adding them: of an 8B block's 8,192 tokens 0.22 and 0.17 ms on an
+H200.
 
 Legend: T tokens, F intermediate, R rank.
 """
@@ -24,7 +25,7 @@ ROWS, COLUMNS, NUM_WARPS = 64, 128, 8  # of a program's tile: 32 numbers a threa
 
 
 class Term(NamedTuple):
-    """What an adapter adds, x (T, R) times w: `w` is B (F, R), or A (R, F) with `scale`, and may be of another dtype than x."""
+    """What an adapter adds before its scale: x (T, R) times `w`, which is B (F, R), or A (R, F), of any float dtype."""
 
     x: Tensor
     w: Tensor
@@ -32,18 +33,18 @@ class Term(NamedTuple):
 
 @triton.jit
 def _term(p_x, p_w, x_stride, w_f_stride, w_r_stride, scale, o_t, o_f, T, F, RANK: tl.constexpr, PAD: tl.constexpr):
-    """(ROWS, COLUMNS) of x w^T in fp32, w (F, R) by its strides, rounded to x's dtype as a product's operand."""
+    """(ROWS, COLUMNS) of x (scale w)^T in fp32, w (F, R) by its strides; scale w is rounded to x's dtype, as an operand must be."""
     o_r = tl.arange(0, PAD)
     m_x = (o_t < T)[:, None] & (o_r < RANK)[None, :]
     m_w = (o_r < RANK)[:, None] & (o_f < F)[None, :]
     b_x = tl.load(p_x + o_t[:, None] * x_stride + o_r[None, :], mask=m_x, other=0.0)
-    b_w = tl.load(p_w + o_f[None, :] * w_f_stride + o_r[:, None] * w_r_stride, mask=m_w, other=0.0) * scale
+    b_w = tl.load(p_w + o_f[None, :] * w_f_stride + o_r[:, None] * w_r_stride, mask=m_w, other=0.0).to(tl.float32) * scale
     return tl.dot(b_x, b_w.to(b_x.dtype), input_precision="ieee")
 
 
 @triton.jit
 def _inputs(
-    p_gate_up, p_xg, p_bg, p_xu, p_bu, x_stride, o_t, o_f, T, F,
+    p_gate_up, p_xg, p_bg, p_xu, p_bu, x_stride, scale, o_t, o_f, T, F,
     RANK_G: tl.constexpr, RANK_U: tl.constexpr, PAD_G: tl.constexpr, PAD_U: tl.constexpr,
 ):  # fmt: skip
     """g and u of a tile, in fp32."""
@@ -52,9 +53,9 @@ def _inputs(
     b_g = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
     b_u = tl.load(p_tile + F, mask=m_tile, other=0.0).to(tl.float32)
     if RANK_G > 0:
-        b_g += _term(p_xg, p_bg, x_stride, RANK_G, 1, 1.0, o_t, o_f, T, F, RANK_G, PAD_G)
+        b_g += _term(p_xg, p_bg, x_stride, RANK_G, 1, scale, o_t, o_f, T, F, RANK_G, PAD_G)
     if RANK_U > 0:
-        b_u += _term(p_xu, p_bu, x_stride, RANK_U, 1, 1.0, o_t, o_f, T, F, RANK_U, PAD_U)
+        b_u += _term(p_xu, p_bu, x_stride, RANK_U, 1, scale, o_t, o_f, T, F, RANK_U, PAD_U)
     return b_g, b_u
 
 
@@ -68,12 +69,12 @@ def _tile(T, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _gate_kernel(
-    p_gate_up, p_xg, p_bg, p_xu, p_bu, p_act, x_stride, T, F, RANK_G: tl.constexpr, RANK_U: tl.constexpr,
+    p_gate_up, p_xg, p_bg, p_xu, p_bu, p_act, x_stride, scale, T, F, RANK_G: tl.constexpr, RANK_U: tl.constexpr,
     PAD_G: tl.constexpr, PAD_U: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """act = g s u."""
     o_t, o_f = _tile(T, F, ROWS, COLUMNS)
-    b_g, b_u = _inputs(p_gate_up, p_xg, p_bg, p_xu, p_bu, x_stride, o_t, o_f, T, F, RANK_G, RANK_U, PAD_G, PAD_U)
+    b_g, b_u = _inputs(p_gate_up, p_xg, p_bg, p_xu, p_bu, x_stride, scale, o_t, o_f, T, F, RANK_G, RANK_U, PAD_G, PAD_U)
     b_act = b_g / (1.0 + tl.exp(-b_g)) * b_u
     m_tile = (o_t < T)[:, None] & (o_f < F)[None, :]
     tl.store(p_act + o_t[:, None] * F + o_f[None, :], b_act.to(p_act.dtype.element_ty), mask=m_tile)
@@ -81,13 +82,13 @@ def _gate_kernel(
 
 @triton.jit
 def _gate_backward_kernel(
-    p_dact, p_q, p_a, p_gate_up, p_xg, p_bg, p_xu, p_bu, p_grad, p_act, q_stride, scale, x_stride, T, F,
+    p_dact, p_q, p_a, p_gate_up, p_xg, p_bg, p_xu, p_bu, p_grad, p_act, q_stride, x_stride, scale, T, F,
     RANK_A: tl.constexpr, RANK_G: tl.constexpr, RANK_U: tl.constexpr, PAD_A: tl.constexpr, PAD_G: tl.constexpr,
     PAD_U: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dg and du into grad (T, 2F), and act again."""
     o_t, o_f = _tile(T, F, ROWS, COLUMNS)
-    b_g, b_u = _inputs(p_gate_up, p_xg, p_bg, p_xu, p_bu, x_stride, o_t, o_f, T, F, RANK_G, RANK_U, PAD_G, PAD_U)
+    b_g, b_u = _inputs(p_gate_up, p_xg, p_bg, p_xu, p_bu, x_stride, scale, o_t, o_f, T, F, RANK_G, RANK_U, PAD_G, PAD_U)
     m_tile = (o_t < T)[:, None] & (o_f < F)[None, :]
     p_tile = o_t[:, None] * F + o_f[None, :]
     b_da = tl.load(p_dact + p_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -124,31 +125,31 @@ def _check(gate_up: Tensor, gate: Term, up: Term, eager: bool) -> None:
         raise ValueError(f"lora_gate: Triton does not run on {gate_up.device}; pass eager=True")
 
 
-def lora_gate(gate_up: Tensor, gate: Term, up: Term, *, eager: bool = False) -> Tensor:
+def lora_gate(gate_up: Tensor, gate: Term, up: Term, scale: float, *, eager: bool = False) -> Tensor:
     """act (T, F) in gate_up's dtype, without autograd.
 
     gate_up (T, 2F) contiguous, gate first; gate and up: x (T, R) in its dtype, columns of one tensor, and B (F, R) contiguous
-    of any float dtype; a rank may be 0. Raises ValueError on anything else.
+    of any float dtype; a rank may be 0. scale: c above. Raises ValueError on anything else.
     """
     _check(gate_up, gate, up, eager)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if eager:
-        g, u = _eager_inputs(gate_up, gate, up)
+        g, u = _eager_inputs(gate_up, gate, up, scale)
         return (g * torch.sigmoid(g) * u).to(gate_up.dtype)
     act = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid, sizes = _options(rows, width, gate.w.shape[1], up.w.shape[1])
     if act.numel() > 0:
-        _gate_kernel[grid](gate_up, *gate, *up, act, gate.x.stride(0), rows, width, **sizes)
+        _gate_kernel[grid](gate_up, *gate, *up, act, gate.x.stride(0), scale, rows, width, **sizes)
     return act
 
 
 def lora_gate_backward(
-    dact: Tensor, down: Term, scale: float, gate_up: Tensor, gate: Term, up: Term, *, eager: bool = False
+    dact: Tensor, down: Term, gate_up: Tensor, gate: Term, up: Term, scale: float, *, eager: bool = False
 ) -> tuple[Tensor, Tensor]:
     """d gate_up (T, 2F), which is also that of gate and up with their terms, and act (T, F) once more.
 
     dact (T, F) contiguous: the base product's part of the gradient; down: dy B (T, R) of the next linear and its A (R, F),
-    contiguous, to be multiplied by `scale`. The rest as in `lora_gate`.
+    contiguous. The rest as in `lora_gate`.
     """
     _check(gate_up, gate, up, eager)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -157,28 +158,29 @@ def lora_gate_backward(
     if not dact.is_contiguous() or not down.w.is_contiguous() or down.w.shape[1] != width:
         raise ValueError("lora_gate_backward: dact and A must be contiguous, and A as wide as dact")
     if eager:
-        return _eager_backward(dact, down, scale, gate_up, gate, up)
+        return _eager_backward(dact, down, gate_up, gate, up, scale)
     grad, act = (torch.empty(rows, n, dtype=gate_up.dtype, device=gate_up.device) for n in (2 * width, width))
     grid, sizes = _options(rows, width, gate.w.shape[1], up.w.shape[1], down.w.shape[0])
     if act.numel() > 0:
         _gate_backward_kernel[grid](
-            dact, *down, gate_up, *gate, *up, grad, act, down.x.stride(0), scale, gate.x.stride(0), rows, width, **sizes
+            dact, *down, gate_up, *gate, *up, grad, act, down.x.stride(0), gate.x.stride(0), scale, rows, width, **sizes
         )
     return grad, act
 
 
-def _eager_inputs(gate_up: Tensor, gate: Term, up: Term) -> tuple[Tensor, Tensor]:
+def _eager_inputs(gate_up: Tensor, gate: Term, up: Term, scale: float) -> tuple[Tensor, Tensor]:
     """g and u in fp32."""
     width, dtype = gate_up.shape[1] // 2, gate_up.dtype
     parts = gate_up.float().split(width, dim=1)
-    return tuple(part + term.x.float() @ term.w.to(dtype).float().T for part, term in zip(parts, (gate, up), strict=True))
+    terms = [term.x.float() @ (term.w.float() * scale).to(dtype).float().T for term in (gate, up)]
+    return parts[0] + terms[0], parts[1] + terms[1]
 
 
 def _eager_backward(
-    dact: Tensor, down: Term, scale: float, gate_up: Tensor, gate: Term, up: Term
+    dact: Tensor, down: Term, gate_up: Tensor, gate: Term, up: Term, scale: float
 ) -> tuple[Tensor, Tensor]:
-    g, u = _eager_inputs(gate_up, gate, up)
-    da = dact.float() + down.x.float() @ (down.w * scale).to(dact.dtype).float()
+    g, u = _eager_inputs(gate_up, gate, up, scale)
+    da = dact.float() + down.x.float() @ (down.w.float() * scale).to(dact.dtype).float()
     s = torch.sigmoid(g)
     grad = torch.cat([da * u * (s + g * s * (1 - s)), da * g * s], dim=1)
     return grad.to(dact.dtype), (g * s * u).to(dact.dtype)

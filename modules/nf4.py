@@ -132,7 +132,7 @@ def quantize_nf4(model: nn.Module) -> NF4Report:
 
 
 def frozen_linears(model: nn.Module, storage: str) -> list[tuple[str, nn.Linear]]:
-    """What may be held in another storage type: every frozen linear but lm_head, by name. Raises ValueError if there is none."""
+    """What another storage type may hold: every frozen linear but lm_head, by name. Raises ValueError if there is none."""
     linears = [
         (name, module)
         for name, module in model.named_modules()

@@ -3,11 +3,12 @@
     python scripts/fp8_proof.py --data ../shared/data --json out/fp8_proof.json       # about 4 minutes on an H200
     python scripts/fp8_proof.py --data ../shared/data --tiny                          # a toy of everything, on a CPU
 
-A Llama of 170 million parameters is trained from scratch on DATA/text/*.txt and four fifths of DATA/sft/gsm8k_train.jsonl, until its loss
-on held-out problems is at most 60% of the unigram loss (random weights would hide FP8's error: nothing depends on them). Then
-the recipe itself, `lora_single_device`, fine-tunes it on the other fifth, 200 steps, for each seed with model.quantize=none and =fp8
-on the same batches. Judged: the mean over steps and seeds of |L_fp8 - L_bf16| / L_bf16, and the difference of the held-out losses, at most 1%
-each; beside it how far bf16 runs of different seeds are apart. Exit code 1 where one of the three bounds is missed.
+A Llama of 170 million parameters is trained from scratch on DATA/text/*.txt and four fifths of DATA/sft/gsm8k_train.jsonl,
+until its loss on held-out problems is at most 60% of the unigram loss (random weights would hide FP8's error: nothing depends
+on them). Then the recipe itself, `lora_single_device`, fine-tunes it on the other fifth, 200 steps, for each seed with
+model.quantize=none and =fp8 on the same batches. Judged: the mean over steps and seeds of |L_fp8 - L_bf16| / L_bf16, and the
+difference of the held-out losses, at most 1% each; beside it how far bf16 runs of different seeds are apart. Exit code 1
+where one of the three bounds is missed.
 
 Left out: long training, other model sizes, accuracy of the answers.
 """

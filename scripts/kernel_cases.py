@@ -176,28 +176,29 @@ def lora_gate(op: Callable, size: Size) -> Iterator[Case]:
     rows, width, rank = size.batch * size.seq, size.intermediate, 16
     gate_up, dact = size.random(rows, 2 * width, grad=False), size.random(rows, width, grad=False)
     xa, q = size.random(rows, 2 * rank, grad=False), size.random(rows, rank, grad=False)
-    weights = [0.01 * torch.randn(shape, device=size.device) for shape in ((width, rank), (width, rank), (rank, width))]
+    shapes = (width, rank), (width, rank), (rank, width)
+    weights = [size.random(*shape, scale=0.01, grad=False) for shape in shapes]
     gate, up, down = Term(xa[:, :rank], weights[0]), Term(xa[:, rank:], weights[1]), Term(q, weights[2])
-    wide = torch.block_diag(*weights[:2]).to(size.dtype)  # (2F, 2R)
+    wide = torch.block_diag(*weights[:2])  # (2F, 2R)
 
-    def plain(gate_up: Tensor, gate: Term, up: Term) -> Tensor:
-        g, u = torch.addmm(gate_up, xa, wide.T).float().chunk(2, dim=1)
+    def plain(gate_up: Tensor, gate: Term, up: Term, scale: float) -> Tensor:
+        g, u = torch.addmm(gate_up, xa, wide.T, alpha=scale).float().chunk(2, dim=1)
         return (F.silu(g) * u).to(gate_up.dtype)
 
     def plain_backward(
-        dact: Tensor, down: Term, scale: float, gate_up: Tensor, gate: Term, up: Term
+        dact: Tensor, down: Term, gate_up: Tensor, gate: Term, up: Term, scale: float
     ) -> tuple[Tensor, Tensor]:
-        g, u = torch.addmm(gate_up, xa, wide.T).float().chunk(2, dim=1)
-        da, s = torch.addmm(dact, down.x, (down.w * scale).to(dact.dtype)).float(), torch.sigmoid(g)
+        g, u = torch.addmm(gate_up, xa, wide.T, alpha=scale).float().chunk(2, dim=1)
+        da, s = torch.addmm(dact, down.x, down.w, alpha=scale).float(), torch.sigmoid(g)
         grad = torch.cat([da * u * (s + g * s * (1 - s)), da * g * s], dim=1)
         return grad.to(dact.dtype), (g * s * u).to(dact.dtype)
 
     tolerance = 2e-2 if size.dtype == torch.bfloat16 else 1e-4
     least, both = gate_up.nbytes + dact.nbytes, 2 * gate_up.nbytes + 2 * dact.nbytes
     eager = functools.partial(op, eager=True)
-    yield Case("lora_gate", (gate_up, gate, up), op, eager, size.compiled(plain), (least, None), tolerance=tolerance)
+    yield Case("lora_gate", (gate_up, gate, up, 2.0), op, eager, size.compiled(plain), (least, None), tolerance=tolerance)
     op, eager = lora_gate_backward, functools.partial(lora_gate_backward, eager=True)
-    inputs, plain = (dact, down, 0.5, gate_up, gate, up), size.compiled(plain_backward)
+    inputs, plain = (dact, down, gate_up, gate, up, 2.0), size.compiled(plain_backward)
     yield Case("lora_gate backward", inputs, op, eager, plain, (both, None), tolerance=tolerance)
 
 
@@ -206,7 +207,8 @@ def fp8_linear(op: Callable, size: Size) -> Iterator[Case]:
     from torchft.kernels.fp8_quantize import quantize_rows
 
     qkv, hidden, wide = (size.heads + 2 * size.kv_heads) * size.head_dim, size.hidden, size.intermediate
-    for inner, out in ((hidden, qkv), (hidden, hidden), (hidden, 2 * wide), (wide, hidden), (qkv, hidden), (2 * wide, hidden), (hidden, wide)):
+    forward = (hidden, qkv), (hidden, hidden), (hidden, 2 * wide), (wide, hidden)
+    for inner, out in (*forward, (qkv, hidden), (2 * wide, hidden), (hidden, wide)):
         x, w = (quantize_rows(size.random(n, inner, grad=False), eager=True) for n in (size.batch * size.seq, out))
         dense = [(codes.float() * scale[:, None]).to(size.dtype) for codes, scale in (x, w)]
         least = 2.0 * size.batch * size.seq * inner * out

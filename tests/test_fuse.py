@@ -121,7 +121,7 @@ def test_recomputing_changes_nothing(mode: str, nf4: bool) -> None:
 
 
 def test_the_second_forward_of_a_recomputed_block_computes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward needs what it saves, and not what it returns: down's product, a quarter of a block, is left out; and only then."""
+    """Backward needs what it saves, not what it returns: down's product, a quarter of a block, is left out; only then."""
     skipped, project = [], lora_swiglu_linear.project
     monkeypatch.setattr(
         lora_swiglu_linear, "project", lambda *inputs, **named: skipped.append(named["skipped"]) or project(*inputs, **named)

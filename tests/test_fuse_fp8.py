@@ -46,7 +46,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_plain_fp8_model_and_no_further_from_the_dense_one(variant: str) -> None:
-    """The same codes forward. Backward a row of d[q, k, v] or d[gate, up] has one scale where the plain linears have several."""
+    """The same codes forward. Backward, a row of d[q, k, v] or d[gate, up] has one scale where plain linears have several."""
     dense, model = adapted(**VARIANTS[variant]), in_fp8(**VARIANTS[variant])
     twin = fused(model)
     assert all(type(block) is FusedFp8Block for block in twin.model.layers)
@@ -69,7 +69,7 @@ def test_recomputing_keeps_no_transposes_and_changes_no_bit(mode: str) -> None:
 
 
 def test_the_second_forward_of_a_recomputed_block_computes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward needs what it saves, and not what it returns: down's product, a quarter of a block, is left out; and only then."""
+    """Backward needs what it saves, not what it returns: down's product, a quarter of a block, is left out; only then."""
     calls = []
     product = fp8_mlp.base_product
     monkeypatch.setattr(fp8_mlp, "base_product", lambda *inputs: calls.append(inputs[2].scale) or product(*inputs))
@@ -86,7 +86,7 @@ def test_the_second_forward_of_a_recomputed_block_computes_no_output(monkeypatch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there kernels run on the GPU, and not in the interpreter")
 @pytest.mark.parametrize("kernel", ["fp8", "rms_norm", "swiglu"])
 def test_each_kernel_alone(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Triton's interpreter, whose cast to e4m3 is wrong: fp32 stands in its place, so that activations are not rounded at all."""
+    """In Triton's interpreter, whose cast to e4m3 is wrong: fp32 stands in its place, activations are not rounded at all."""
     monkeypatch.setattr(fp8_quantize, "DTYPE", torch.float32)
     model = in_fp8(hidden_size=64, intermediate_size=80, head_dim=16, rope=RopeConfig(16))
     (loss, expected), (found_loss, found) = (gradients(fused(model, eager)) for eager in (ALL, tuple(set(ALL) - {kernel})))

@@ -2,9 +2,10 @@
 
     log.print(str(fuse(model, cfg.model.kernels, device)))     # delete it, and everything works as before
 
-Blocks become FusedBlocks (fused_block.py; with an FP8 base fused_fp8.py), which hold the very same submodules: names, parameters, state dict and dtypes stay.
-Whatever a kernel does not cover (generation with a cache, adapters switched off) runs in the plain forward; what is skipped
-altogether is said. Left out: fused blocks for full fine-tuning, whose weights are trained.
+Blocks become FusedBlocks (fused_block.py; with an FP8 base fused_fp8.py), which hold the very same submodules: names,
+parameters, state dict and dtypes stay. Whatever a kernel does not cover (generation with a cache, adapters switched off) runs
+in the plain forward; what is skipped altogether is said. Left out: fused blocks for full fine-tuning, whose weights are
+trained.
 """
 
 from dataclasses import dataclass

@@ -64,7 +64,8 @@ def group(width: int, outs: tuple[int, ...], ranks: tuple[int, ...], apart: bool
     a = [rows(rank, width, scale=0.2, seed=seed + 10 + i).cpu().requires_grad_() for i, rank in enumerate(ranks)]
     pairs = enumerate(zip(outs, ranks, strict=True))
     b = [rows(out, rank, scale=0.2, seed=seed + 20 + i).cpu().requires_grad_() for i, (out, rank) in pairs]
-    return fp8_linear.Fp8Group(weights, torch.cat([scale for _, scale in parts]), flipped, torch.ones(width), a, b, 1.5)
+    base = weights, torch.cat([scale for _, scale in parts]), flipped, torch.ones(width)
+    return fp8_linear.with_adapters(base, a, b, 1.5, torch.float32)
 
 
 def exact_linear(x: Tensor, g: fp8_linear.Fp8Group, leaves: list[Tensor]) -> Tensor:
@@ -102,7 +103,8 @@ def leaf(count: int, width: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("outs, ranks", [((48,), (4,)), ((32, 16, 16), (3, 0, 5)), ((16,), (0,))])
 def test_linear_in_fp64s_terms(outs: tuple[int, ...], ranks: tuple[int, ...], apart: bool, recorded: None) -> None:
     g = group(64, outs, ranks, apart, seed=50)
-    compare(lambda x: fp8_linear.fp8_linear(x, g, None, PLAIN), lambda x, leaves: exact_linear(x, g, leaves), [leaf(11, 64, 1)], [g])
+    run, exact = (lambda x: fp8_linear.fp8_linear(x, g, None, PLAIN)), (lambda x, leaves: exact_linear(x, g, leaves))
+    compare(run, exact, [leaf(11, 64, 1)], [g])
 
 
 def exact_norm(h: Tensor, weight: Tensor) -> Tensor:
@@ -110,7 +112,8 @@ def exact_norm(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def test_norm_and_linear_in_fp64s_terms(recorded: None) -> None:
-    g, norm, bias = group(64, (32, 16, 16), (4, 4, 4), False, seed=60), rows(1, 64, seed=3)[0].cpu(), rows(1, 64, seed=4)[0].cpu()
+    g = group(64, (32, 16, 16), (4, 4, 4), False, seed=60)
+    norm, bias = rows(1, 64, seed=3)[0].cpu(), rows(1, 64, seed=4)[0].cpu()
 
     def exact(h: Tensor, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
         return 1.0 * h, exact_linear(exact_norm(h, norm), g, leaves) + bias.double()

@@ -1,8 +1,8 @@
 """FP8 rows and what is made of them, against PyTorch and fp64. On the CPU the kernels run in Triton's interpreter.
 
-Its cast to e4m3 is wrong (it loses the carry into the exponent: 124.3 becomes 64, not 128; it rounds ties up; NaN becomes a number), so
-that there the kernels write fp32 where they write e4m3 on a GPU: what is rounded is compared bit for bit, the rounding itself
-is PyTorch's here, and the kernels' in the tests marked gpu.
+Its cast to e4m3 is wrong (it loses the carry into the exponent: 124.3 becomes 64, not 128; it rounds ties up; NaN becomes a
+number), so that there the kernels write fp32 where they write e4m3 on a GPU: what is rounded is compared bit for bit, the
+rounding itself is PyTorch's here, and the kernels' in the tests marked gpu.
 """
 
 import math
@@ -55,7 +55,7 @@ def test_rows_are_scaled_as_pytorch_does(
 
 
 def check_bound(x: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """3 bits of mantissa: half a unit of the last place is 2^-4 of the number, below 2^-6 it is 2^-10. (And fp32's own rounding.)"""
+    """3 bits of mantissa: half a unit of the last place is 2^-4 of a number, below 2^-6 it is 2^-10. (And fp32's rounding.)"""
     error = (codes.double() * scale.double()[:, None] - x.double()).abs()
     bound = torch.maximum(x.double().abs() * 2**-4, scale.double()[:, None] * 2**-10)
     assert bool((error <= bound * (1 + 1e-4)).all())
@@ -73,7 +73,7 @@ def test_codes_are_as_close_as_e4m3_can_be(scale: float) -> None:
 
 
 def test_rows_without_a_scale() -> None:
-    """Zeros stay zeros; the largest number there is becomes no NaN; an infinity becomes one, and is found by the step's check."""
+    """Zeros stay zeros; the largest number there is becomes no NaN; an infinity does, and is found by the step's check."""
     x = torch.tensor([[0.0, 0.0], [1e-38, 0.0], [3.4e38, -3.4e38], [torch.inf, 1.0], [torch.nan, 1.0]])
     codes, scale = quantize_rows(x, eager=True)
     back = codes.float() * scale[:, None]
@@ -111,16 +111,17 @@ def test_gate_with_adapters(
     count: int, width: int, rank_gate: int, rank_up: int, rank_down: int, dtype: torch.dtype, eager: bool
 ) -> None:
     """Forward, both gradients and the activation once more, against fp64 of the operands as they are rounded."""
-    gate_up, dact, xa = rows(count, 2 * width, dtype), rows(count, width, dtype, seed=1), rows(count, rank_gate + rank_up, dtype, seed=2)
+    gate_up, dact = rows(count, 2 * width, dtype), rows(count, width, dtype, seed=1)
+    xa = rows(count, rank_gate + rank_up, dtype, seed=2)
     bg, bu, a = rows(width, rank_gate, seed=3), rows(width, rank_up, seed=4), rows(rank_down, width, seed=5)
     q = rows(count, rank_down, dtype, seed=6)
     gate, up, down = Term(xa[:, :rank_gate], bg), Term(xa[:, rank_gate:], bu), Term(q, a)
     with poisoned(), unchanged(gate_up, dact, xa, bg, bu, a, q):
         torch.empty(1, dtype=dtype, device=DEVICE)  # the twin allocates nothing by itself
-        act = lora_gate(gate_up, gate, up, eager=eager)
-        grad, again = lora_gate_backward(dact, down, 1.5, gate_up, gate, up, eager=eager)
+        act = lora_gate(gate_up, gate, up, 1.5, eager=eager)
+        grad, again = lora_gate_backward(dact, down, gate_up, gate, up, 1.5, eager=eager)
     base = gate_up.double().requires_grad_()
-    exact = [term.x.double() @ term.w.to(dtype).double().T for term in (gate, up)]
+    exact = [term.x.double() @ (term.w * 1.5).to(dtype).double().T for term in (gate, up)]
     g, u = base[:, :width] + exact[0], base[:, width:] + exact[1]
     expected = g * torch.sigmoid(g) * u
     da = dact.double() + q.double() @ (a * 1.5).to(dtype).double()
@@ -136,7 +137,7 @@ def test_a_small_update_of_the_gate_is_not_rounded_away() -> None:
     gate_up = torch.cat([rows(256, 512, torch.bfloat16), torch.ones(256, 512, device=DEVICE).bfloat16()], dim=1)
     one, none = torch.ones(256, 1, device=DEVICE).bfloat16(), torch.zeros(512, 0, device=DEVICE)
     acts = [
-        lora_gate(gate_up, Term(one, torch.full((512, 1), size, device=DEVICE)), Term(one[:, :0], none), eager=DEVICE == "cpu")
+        lora_gate(gate_up, Term(one, torch.full((512, 1), size, device=DEVICE)), Term(one[:, :0], none), 1.0, eager=DEVICE == "cpu")
         for size in (0.0, 2**-11)
     ]
     gate = gate_up[:, :512].double()
@@ -150,7 +151,7 @@ def test_refused() -> None:
         (lambda: quantize_rows(x.T, eager=True), "x: a kernel needs"),
         (lambda: quantize_rows(x, torch.ones(7), eager=True), "factor"),
         (lambda: transpose(x), "matrix of bytes"),
-        (lambda: lora_gate(x, Term(x[:, :2], x[:2]), Term(x[:, :2], x[:2]), eager=True), "lora_gate"),
+        (lambda: lora_gate(x, Term(x[:, :2], x[:2]), Term(x[:, :2], x[:2]), 1.0, eager=True), "lora_gate"),
     ):
         with pytest.raises(ValueError, match=what):
             call()
@@ -191,11 +192,15 @@ def test_products_on_cuda_are_those_of_the_codes(shape: tuple[int, int, int]) ->
 def test_gate_and_norm_on_cuda(dtype: torch.dtype) -> None:
     count, width, rank = 333, 14336, 16
     gate_up, dact, xa = rows(count, 2 * width, dtype), rows(count, width, dtype, seed=1), rows(count, 2 * rank, dtype, seed=2)
-    bg, bu, a, q = rows(width, rank, seed=3), rows(width, rank, seed=4), rows(rank, width, seed=5), rows(count, rank, dtype, seed=6)
+    bg, bu, a = rows(width, rank, seed=3), rows(width, rank, seed=4), rows(rank, width, seed=5)
+    q = rows(count, rank, dtype, seed=6)
     terms = Term(xa[:, :rank], bg), Term(xa[:, rank:], bu)
     units = torch.finfo(dtype).eps
     results = [
-        (lora_gate(gate_up, *terms, eager=eager), *lora_gate_backward(dact, Term(q, a), 0.5, gate_up, *terms, eager=eager))
+        (
+            lora_gate(gate_up, *terms, 0.5, eager=eager),
+            *lora_gate_backward(dact, Term(q, a), gate_up, *terms, 0.5, eager=eager),
+        )
         for eager in (False, True)
     ]
     for found, expected in zip(*results, strict=True):
