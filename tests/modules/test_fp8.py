@@ -15,6 +15,7 @@ from torchft.dry_run import frozen_bytes
 from torchft.hf_checkpoint import SINGLE
 from torchft.models import build_model, read_config
 from torchft.modules import fp8
+from torchft.modules.compiler import missing_compiler
 from torchft.modules.fp8 import Fp8Linear, dequantize, linear, quantize_fp8, quantize_rows
 from torchft.modules.lora import LoraSpec, add_lora, init_lora, merged_weight, trainable_parameters
 from torchft.modules.transformer import CausalLM
@@ -152,6 +153,25 @@ def test_what_is_done_and_left_out_is_said() -> None:
     assert model.q_proj.bias is bias and model.lm_head.weight.dtype == torch.float32
     x = gaussian(3, 64)
     torch.testing.assert_close(model.q_proj(x), linear(x, *quantize_rows(before), bias))
+
+
+@pytest.mark.skipif(bool(missing_compiler(torch.device("cpu"))), reason="torch.compile needs a C compiler")
+def test_an_adapted_layer_compiles_into_one_graph_that_keeps_no_transpose() -> None:
+    """fullgraph fails on a graph break. What is kept for backward of the base is the weight itself."""
+    model = nn.Module()
+    model.q_proj = nn.Linear(128, 64)
+    add_lora(model, LoraSpec(4, 8.0, target_modules=("q_proj",)))
+    quantize_fp8(model)
+    init_lora(model, torch.Generator().manual_seed(0))
+    nn.init.normal_(model.q_proj.lora_B.weight)
+    x, saved = gaussian(2, 3, 128).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, tuple(t.shape))) or t, lambda t: t):
+        y = torch.compile(model.q_proj, fullgraph=True, backend="aot_eager_decomp_partition")(x)
+    y.sum().backward()
+    grad, x.grad = x.grad, None
+    model.q_proj(x).sum().backward()
+    assert torch.equal(y, model.q_proj(x)) and torch.equal(grad, x.grad)
+    assert [shape for dtype, shape in saved if dtype == fp8.DTYPE] == [(64, 128)]
 
 
 @pytest.mark.gpu
