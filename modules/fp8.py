@@ -7,9 +7,10 @@ The scale of a row is its largest magnitude / 448, the largest number of e4m3 (M
 https://arxiv.org/abs/2209.05433). The weight's scales stand on its output rows: on what backward sums over, where no product
 can apply them. So they are multiplied into dy before that is rounded, which is exact, and one set of codes serves both passes.
 
-Hopper's products read both operands along the summed dimension. For y that is W as it lies, for dx its transpose, which is made
-anew for each backward (2 bytes moved per weight, some 0.2% of the product's time at 8,192 tokens); the fused blocks of
-torchft/fused_fp8.py keep it where memory allows. Elsewhere (CPU, older GPUs) the same codes are multiplied in wider types.
+Hopper's products read both operands along the summed dimension. For y that is W as it lies, for dx its transpose, which is
+made anew for each backward (2 bytes moved per weight: at 8,192 tokens and full bandwidth 2% of its products' time); the fused
+blocks of torchft/fused_fp8.py keep it where memory allows. Elsewhere (CPU, older GPUs) the same codes are multiplied in wider
+types.
 
 A weight is a plain Parameter of dtype float8_e4m3fn under its own name, 1 byte per weight; its fp32 scales are the buffer
 `weight_scale` of its module, which is in no state dict. Left out: training such a weight, e5m2, static scales.
