@@ -24,13 +24,20 @@ from torchft.kernels.swiglu import swiglu, swiglu_backward
 class _LoraSwigluLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, gate_up: Tensor, activation: str, group: Group, bias: Tensor | None, eager: str, *adapters: Tensor
+        ctx: FunctionCtx,
+        gate_up: Tensor,
+        activation: str,
+        group: Group,
+        bias: Tensor | None,
+        eager: str,
+        replayed: bool,
+        *adapters: Tensor,
     ) -> Tensor:
         extended = extended_weight(group, gate_up.dtype, "nf4" in eager)
         pad, width = padded_rank(group.b), gate_up.shape[1] // 2
         wide = gate_up.new_empty(gate_up.shape[0], width + pad)
         swiglu(gate_up, wide[:, :width], activation=activation, eager="swiglu" in eager)
-        y, xa = project(wide, extended, pad, bias)
+        y, xa = project(wide, extended, pad, bias, skipped=replayed)
         ctx.save_for_backward(gate_up, xa)
         ctx.activation, ctx.group, ctx.eager = activation, group, eager
         return y
@@ -43,14 +50,20 @@ class _LoraSwigluLinear(torch.autograd.Function):
         dx, dyb = input_gradient(dy, extended, padded_rank(group.b))
         # x takes the place of dx, element by element, as that is read
         d_gate_up = swiglu_backward(dx, gate_up, dx, activation=ctx.activation, eager="swiglu" in ctx.eager)
-        return d_gate_up, *[None] * 4, *adapter_gradients(dyb, dx, dy, xa, group)
+        return d_gate_up, *[None] * 5, *adapter_gradients(dyb, dx, dy, xa, group)
 
 
 def lora_swiglu_linear(
-    gate_up: Tensor, group: Group, bias: Tensor | None = None, activation: str = "silu", eager: str = ""
+    gate_up: Tensor,
+    group: Group,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    eager: str = "",
+    replayed: bool = False,
 ) -> Tensor:
     """gate_up (T, 2D) contiguous, gate first -> (T, O), with gradients for gate_up, A and B.
 
-    activation: as in swiglu.py. `eager`: kernels that plain PyTorch shall do instead (swiglu, nf4).
+    activation: as in swiglu.py. `eager`: kernels that plain PyTorch shall do instead (swiglu, nf4). `replayed`: only what
+    backward needs is computed (activation checkpointing's second time), and the result is not.
     """
-    return _LoraSwigluLinear.apply(gate_up, activation, group, bias, eager, *group.a, *group.b)
+    return _LoraSwigluLinear.apply(gate_up, activation, group, bias, eager, replayed, *group.a, *group.b)

@@ -22,6 +22,8 @@ class Block(nn.Module):
     """Pre-norm: attention and feed forward, each on the normalised residual stream. The other blocks change `forward` alone."""
 
     base_stays = True  # whether frozen weights stay where they are; False once shard_model divides them
+    recomputed = False  # whether its forward runs again in backward: set by apply_activation_checkpointing
+    replayed = False  # during that second time, when only what it saves is wanted and not what it returns
     draws = True  # whether its forward may draw random numbers (dropout)
     compilable = True  # whether torch.compile has something to gain
     norms = ("input_layernorm", "post_attention_layernorm")

@@ -77,8 +77,15 @@ class Checkpointing:
         if index == 0:
             self.last = None
 
+        replayed = False
+
         def recompute(h: Tensor) -> Tensor:  # the tables and masks in `args` are shared by all blocks: not saved again
-            return block(h, *args)
+            nonlocal replayed
+            block.replayed, replayed = replayed, True
+            try:
+                return block(h, *args)
+            finally:
+                block.replayed = False
 
         # Not stopped early, by an exception amid the block's last op: it would save one addition, and is lost (a SystemError) where
         # CUDA's allocations are recorded.
@@ -108,6 +115,8 @@ def apply_activation_checkpointing(model: nn.Module, mode: str, offload: bool = 
             'model.activation_checkpointing: none there are none. Set it to "full" or "every_<n>".'
         )
     model.model.checkpointing = Checkpointing(every=every, offload=offload)
+    for index, block in enumerate(model.model.layers):
+        block.recomputed = every > 0 and index % every == 0
 
 
 def _blocks_apart(mode: str) -> int:

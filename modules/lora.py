@@ -5,11 +5,11 @@
     DoRA    y = m / ||W0 + s B A|| * (W0 + s B A) x + b, one norm and one trained m per output row
             (Liu et al. 2024, https://arxiv.org/abs/2402.09353)
 
-W0 (out, in) is frozen and may be stored as NF4; A (rank, in), B (out, rank) and m (out,) are fp32 parameters beside it,
+W0 (out, in) is frozen and may be stored as NF4 or FP8; A (rank, in), B (out, rank) and m (out,) are fp32 parameters beside it,
 so that AdamW's small steps are not rounded away, and are cast to the activations' dtype where they are used. Names are
 PEFT's: `q_proj.weight`, `q_proj.lora_A.weight`, `q_proj.lora_B.weight`, `q_proj.lora_magnitude_vector`.
 
-Order: model on meta -> `add_lora` -> (`quantize_nf4`) -> load the weights -> `init_lora`, or load an adapter.
+Order: model on meta -> `add_lora` -> (`quantize_nf4` or `quantize_fp8`) -> load the weights -> `init_lora`, or load an adapter.
 Left out: adapters on embeddings, biases in adapters, several adapters at once, per-layer ranks.
 """
 
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchft.modules import nf4
-from torchft.modules.sharding import divided_like, local, place, whole
+from torchft.modules import fp8, nf4
+from torchft.modules.sharding import divided_like, local, place, rows_held, whole
 
 NORM_ROWS = 1024  # rows of DoRA's norm computed at once: bounds its two fp32 temporaries to rows x in
 
@@ -79,7 +79,7 @@ class LoRALinear(nn.Linear):
         self.register_parameter("lora_magnitude_vector", magnitude)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        y = nf4.linear(x, self.weight, self.bias)  # W0 x + b
+        y = self._base(x, self.bias)  # W0 x + b
         if not self.enabled:
             return y
         dropping = self.training and self.dropout > 0
@@ -92,7 +92,7 @@ class LoRALinear(nn.Linear):
         # r - 1 is taken in fp32: r itself is close to 1 and bf16 would round the whole update away.
         excess = (self.lora_magnitude_vector / self.row_norms() - 1).to(x.dtype)  # (out,)
         if dropping:  # as PEFT: the rescaled part sees the dropped input, the plain part the whole one
-            base = nf4.linear(dropped, self.weight)
+            base = self._base(dropped, None)
         else:
             base = y if self.bias is None else y - self.bias
         return y + delta + excess * (base + delta)
@@ -100,7 +100,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()  # section 4.3 of the DoRA paper: the norm is a constant in backward
     def row_norms(self) -> Tensor:
         """||W0 + s B A|| of each output row, (out,) fp32."""
-        weight, a = _dense(self.weight), self.lora_A.weight
+        weight, a = _dense(self), self.lora_A.weight
         rows = zip(weight.split(NORM_ROWS), self.lora_B.weight.split(NORM_ROWS), strict=True)
         return torch.cat([torch.linalg.vector_norm(w.float() + self.scale * (b @ a), dim=1) for w, b in rows])
 
@@ -108,6 +108,11 @@ class LoRALinear(nn.Linear):
         kind = "DoRA" if self.lora_magnitude_vector is not None else "LoRA"
         numbers = f"rank={self.lora_A.out_features}, scale={self.scale:g}, dropout={self.dropout:g}"
         return f"{super().extra_repr()}, {kind} {numbers}"
+
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if fp8.is_fp8(self.weight):
+            return fp8.linear(x, self.weight, self.weight_scale, bias)
+        return nf4.linear(x, self.weight, bias)
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,7 @@ def init_lora(model: nn.Module, generator: torch.Generator) -> None:
         place(layer.lora_A, "weight", a.to(device))
         place(layer.lora_B, "weight", torch.zeros(layer.lora_B.weight.shape, dtype=torch.float32, device=device))
         if layer.lora_magnitude_vector is not None:
-            rows = _dense(local(layer.weight)).split(NORM_ROWS)  # of those that this process holds; B is zero
+            rows = _dense(layer).split(NORM_ROWS)  # of those that this process holds; B is zero
             norms = torch.cat([torch.linalg.vector_norm(row.float(), dim=1) for row in rows])
             place(layer, "lora_magnitude_vector", whole(divided_like(norms, layer.weight)))
 
@@ -248,14 +253,18 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def _dense(weight: Tensor) -> Tensor:
+def _dense(layer: LoRALinear) -> Tensor:
+    """W0, or the rows of it that this process holds."""
+    weight = local(layer.weight)
+    if fp8.is_fp8(weight):
+        return fp8.dequantize(weight, layer.weight_scale[rows_held(layer.weight)])
     return nf4.dequantize(weight) if isinstance(weight, nf4.NF4Tensor) else weight
 
 
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
     """The one dense weight (out, in) that does what base and adapter do together, in fp32; the caller rounds it."""
-    merged = _dense(layer.weight).float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
+    merged = _dense(layer).float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
     if layer.lora_magnitude_vector is not None:
         merged *= (layer.lora_magnitude_vector / layer.row_norms()).unsqueeze(1)
     return merged

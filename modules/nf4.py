@@ -114,16 +114,7 @@ def quantize_nf4(model: nn.Module) -> NF4Report:
     Raises:
         ValueError: no linear is frozen, so there is nothing that may be quantised.
     """
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head" and not module.weight.requires_grad
-    ]
-    if not linears:
-        raise ValueError(
-            "NF4 is storage for frozen weights, but every linear of the model is trained; call add_lora (or "
-            "requires_grad_(False), if nothing is to be trained) before quantize_nf4"
-        )
+    linears = frozen_linears(model, "NF4")
     quantized, skipped = [], []
     on_meta: dict[tuple[torch.Size, torch.dtype], NF4Tensor] = {}  # the first of each shape
     for name, module in linears:
@@ -138,6 +129,21 @@ def quantize_nf4(model: nn.Module) -> NF4Report:
         module.weight = weight
         quantized.append(name)
     return NF4Report(tuple(quantized), tuple(skipped))
+
+
+def frozen_linears(model: nn.Module, storage: str) -> list[tuple[str, nn.Linear]]:
+    """What another storage type may hold: every frozen linear but lm_head, by name. Raises ValueError if there is none."""
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head" and not module.weight.requires_grad
+    ]
+    if not linears:
+        raise ValueError(
+            f"{storage} is storage for frozen weights, but every linear of the model is trained; call add_lora (or "
+            f"requires_grad_(False), if nothing is to be trained) before quantize_{storage.lower()}"
+        )
+    return linears
 
 
 def _to_nf4_once(weight: Tensor, on_meta: dict[tuple[torch.Size, torch.dtype], NF4Tensor]) -> NF4Tensor:

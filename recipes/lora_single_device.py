@@ -34,6 +34,7 @@ from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.eval_mode import eval_mode
+from torchft.modules.fp8 import quantize_fp8
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM
@@ -101,6 +102,8 @@ def main(cfg: Config) -> None:
     log.print(str(report))
     if cfg.model.quantize == "nf4":
         log.print(str(quantize_nf4(model)))
+    elif cfg.model.quantize == "fp8":
+        log.print(str(quantize_fp8(model)))
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     apply_activation_checkpointing(model, cfg.model.activation_checkpointing, cfg.model.offload_activations)
     compile_blocks(model, cfg.model.compile, device, log.print)

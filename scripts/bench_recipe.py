@@ -56,7 +56,7 @@ LLAMA_3_1_8B = {
 MODELS = {"8b": LLAMA_3_1_8B}
 CASES = [
     f"{method}_8b_{dtype}_{shape}_{ac}"
-    for method, dtype in (("lora", "bf16"), ("qlora", "nf4"))
+    for method, dtype in (("lora", "bf16"), ("lora", "fp8"), ("qlora", "nf4"))
     for shape in ("2048x4", "8192x1", "2048x1")
     for ac in ("noac", "ac")
 ]
@@ -68,7 +68,7 @@ def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
     seq, batch = (int(part) for part in shape.split("x"))
     config = MODELS[model]
     return config, {
-        "model.quantize": "nf4" if dtype == "nf4" else "none",
+        "model.quantize": "none" if dtype == "bf16" else dtype,
         "model.activation_checkpointing": "full" if ac == "ac" else "none",
         "data.max_seq_len": seq,
         "run.global_batch_size": batch,

@@ -84,7 +84,7 @@ def render(document: str | list[dict[str, str]], *, to_answer: bool = False) -> 
     return BOS + "".join(turns) + (f"{START}assistant\n" if to_answer else "")
 
 
-def train_tokenizer(documents: list[str]) -> Tokenizer:
+def train_tokenizer(documents: list[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """Byte-level BPE; words, single digits and runs of marks are kept apart, as by Llama 3, which groups digits."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -93,7 +93,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[BOS, START, END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -221,7 +221,7 @@ def evaluate(
     }
 
 
-def save_model(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
+def save_model(model: CausalLM, tokenizer: Tokenizer, out: Path, config: dict = HF_CONFIG) -> None:
     """The Hugging Face directory; weights in bf16, the tied head once."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -240,7 +240,7 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     generation_config = {"bos_token_id": 0, "eos_token_id": 2, "do_sample": False}
-    files = {"config": HF_CONFIG, "tokenizer_config": tokenizer_config, "generation_config": generation_config}
+    files = {"config": config, "tokenizer_config": tokenizer_config, "generation_config": generation_config}
     for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 

@@ -83,6 +83,8 @@ def test_every_kernel_there_is_passes_its_check(capsys: pytest.CaptureFixture, t
     assert [r["variant"] for r in found["records"] if r["case"] == "nf4 128 x 384"] == VARIANTS
     names = {record["case"].split()[0] for record in found["records"]}
     functions = {function for name, (function, _) in kernel_cases.CASES.items() if name not in found["missing"]}
+    if DEVICE == "cpu":  # Triton's interpreter cannot round to e4m3
+        functions -= {"quantize_rows", "fp8_add_rms_norm"}
     assert names == {"nf4" if function == "dequantize_into" else function for function in functions}
 
 

@@ -60,6 +60,7 @@ def test_both_methods_of_every_size_are_there():
         "tiny/lora",
         "tiny/qlora",
         "tiny/full",
+        "llama3_1/8B_lora_fp8",
     }
     assert {"llama3_1/8B_full", "llama3_1/70B_full", "qwen3/8B_full"} <= set(WHOLE)
     assert {name.removesuffix("_full") for name in WHOLE} <= set(SIZED)

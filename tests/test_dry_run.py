@@ -90,6 +90,11 @@ def test_validate_of_nf4_counts_fewer_bytes(workplace, capsys):
     assert sizes[0] == 2 * sizes[1] and nf4 < sizes[1]
 
 
+def test_validate_of_fp8_counts_a_byte_per_weight_and_its_scales(workplace, capsys):
+    cli.main(["validate", "c.yaml", "model.quantize=fp8"])
+    assert re.search(r"FP8: \d+ frozen linears, 0\.\d\d GiB \(1\.0\d\d bytes per weight\)", capsys.readouterr().out)
+
+
 def test_nf4_bytes_per_weight_are_those_of_real_tensors(workplace):
     cfg = dry_run.read_config(dry_run.Options, "c.yaml", ["model.quantize=nf4"])
     model, _ = dry_run.build(cfg, range(0))

@@ -10,6 +10,7 @@ from torch import nn
 from torchft.checks import KERNELS
 from torchft.fuse import fuse, swap
 from torchft.fused_block import FusedBlock
+from torchft.kernels import lora_swiglu_linear
 from torchft.kernels.lora_linear import lora_linear
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.lora import LoraSpec, adapters_off, add_lora, init_lora, trainable_parameters
@@ -123,8 +124,23 @@ def test_recomputing_changes_nothing(mode: str, nf4: bool) -> None:
     assert_equal(model, twin)
 
 
+def test_the_second_forward_of_a_recomputed_block_computes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward needs what it saves, not what it returns: down's product, a quarter of a block, is left out; only then."""
+    skipped, project = [], lora_swiglu_linear.project
+    monkeypatch.setattr(
+        lora_swiglu_linear, "project", lambda *inputs, **named: skipped.append(named["skipped"]) or project(*inputs, **named)
+    )
+    model = fused(adapted())
+    apply_activation_checkpointing(model, "full")
+    loss = model(**batch())
+    loss.backward()
+    with torch.no_grad():
+        assert torch.equal(model(**batch()), loss)
+    assert skipped == [False] * 3 + [True] * 3 + [False] * 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there kernels run on the GPU, and not in the interpreter")
-@pytest.mark.parametrize("kernel", ALL)
+@pytest.mark.parametrize("kernel", [name for name in ALL if name != "fp8"])  # that one: tests/test_fuse_fp8.py
 def test_each_kernel_alone(kernel: str) -> None:
     """In Triton's interpreter on the CPU: this kernel, all others in plain PyTorch."""
     model = adapted(nf4=kernel == "nf4")

@@ -20,9 +20,9 @@ from torchft.config import LoraOptions
 from torchft.distributed import from_main
 from torchft.errors import UserError
 from torchft.export import export_directory, safetensors_bytes
-from torchft.modules import nf4
+from torchft.modules import fp8, nf4
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
+from torchft.modules.lora import LoRALinear, LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
 from torchft.modules.sharding import cut, gathered, local, place, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
@@ -117,10 +117,10 @@ def save_adapter(
         spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
     whole = trained_modules(model)
     fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model))
-    quantized = any(isinstance(local(layer.weight), nf4.NF4Tensor) for layer in layers.values())
     # PEFT has no field for how the base was stored, but merging must know what the adapter was trained on.
-    base_dtype = str(next(iter(layers.values())).weight.dtype).removeprefix("torch.")
-    metadata = {"format": "pt", "base_dtype": base_dtype, "base_quantization": "nf4" if quantized else "none"}
+    base_dtype = model.model.norm.weight.dtype
+    stored = {"base_dtype": str(base_dtype).removeprefix("torch."), "base_quantization": _quantization(layers)}
+    metadata = {"format": "pt"} | stored
     tensors = {PREFIX + name: gathered(param.detach()) for name, param in adapter_tensors(model).items()}
     if rank() > 0:
         return
@@ -130,6 +130,14 @@ def save_adapter(
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
             save_text(folder, tokenizer, template, Path(base_path))
+
+
+def _quantization(layers: dict[str, LoRALinear]) -> str:
+    """How the base was stored, as model.quantize has it; some linears may have stayed dense."""
+    weights = [local(layer.weight) for layer in layers.values()]
+    if any(fp8.is_fp8(weight) for weight in weights):
+        return "fp8"
+    return "nf4" if any(isinstance(weight, nf4.NF4Tensor) for weight in weights) else "none"
 
 
 def _on_cpu(param: nn.Parameter) -> Tensor:

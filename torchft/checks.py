@@ -17,14 +17,14 @@ LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet", ".txt")  # any other data p
 CHOICES = {
     "model.weights": ("pretrained", "random"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.quantize": ("none", "nf4"),
+    "model.quantize": ("none", "nf4", "fp8"),
     "model.compile": ("auto", "on", "off"),
     "data.train_on": ("all", "last"),
     "data.truncation": ("drop", "right"),
     "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }
-KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "cross_entropy")  # lora: the folded products of torchft/fuse.py
+KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy")  # lora: the folded products of torchft/fuse.py
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text")

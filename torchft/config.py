@@ -17,7 +17,7 @@ class ModelConfig:
     path: str = ""  # a Hugging Face model directory, or builtin:tiny_llama
     weights: str = "pretrained"  # pretrained | random (for measuring: needs config.json and a tokenizer, never exported)
     dtype: str = "bfloat16"  # of the frozen base: bfloat16 | float32
-    quantize: str = "none"  # none | nf4 (QLoRA: frozen linears in 4 bits, double-quantised)
+    quantize: str = "none"  # frozen linears: none | nf4 (QLoRA: 4 bits, double-quantised) | fp8 (8 bits, fast on Hopper)
     activation_checkpointing: str = "none"  # none | full | every_<n>: recompute every n-th block in backward
     offload_activations: bool = False  # keep the checkpointed block inputs in CPU memory
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused

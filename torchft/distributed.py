@@ -19,7 +19,7 @@ from torchft.config import ModelConfig, OptimConfig, RunConfig
 from torchft.crash import leave_when_another_fails
 from torchft.data.loader import resolve_micro_batch_size
 from torchft.errors import ConfigError, UserError
-from torchft.modules import nf4
+from torchft.modules import fp8, nf4
 from torchft.modules.sharding import ShardReport, shard_model
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import local_rank, rank, world_size
@@ -107,8 +107,13 @@ def divide(
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
     dense_bytes = getattr(torch, cfg.dtype).itemsize
     frozen = [param for param in model.parameters() if not param.requires_grad]
-    sizes = [param.numel() * (nf4.BYTES if isinstance(param, nf4.NF4Tensor) else dense_bytes) for param in frozen]
-    return sum(sizes) <= FITS * torch.cuda.get_device_properties(device).total_memory
+
+    def each(param: torch.Tensor) -> float:
+        if fp8.is_fp8(param):
+            return 2  # fused blocks may keep a transpose: torchft/fused_fp8.py
+        return nf4.BYTES if isinstance(param, nf4.NF4Tensor) else dense_bytes
+
+    return sum(param.numel() * each(param) for param in frozen) <= FITS * torch.cuda.get_device_properties(device).total_memory
 
 
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:

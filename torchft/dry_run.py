@@ -162,6 +162,7 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     from torchft.adapter import add_adapter
     from torchft.models import build_model
     from torchft.models import read_config as read_model_config
+    from torchft.modules.fp8 import quantize_fp8
     from torchft.modules.nf4 import quantize_nf4
 
     with torch.device("meta"):
@@ -171,16 +172,27 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
         reports.append(str(add_adapter(model, cfg.lora, new_ids)[1]))
     if cfg.model.quantize == "nf4":
         reports.append(str(quantize_nf4(model)))
+    elif cfg.model.quantize == "fp8":
+        reports.append(str(quantize_fp8(model)))
     return model, reports
 
 
 def frozen_bytes(model: "CausalLM", dtype: str) -> float:
-    """Bytes that the frozen weights take on the device: NF4 in 4 bits, the others in `dtype`."""
+    """Bytes that the frozen weights take on the device: NF4 in 4 bits, FP8 in 8, the others in `dtype`; with their scales.
+
+    Where nothing is recomputed, fused FP8 blocks keep each weight's transpose too, see torchft/fused_fp8.py.
+    """
+    from torchft.modules.fp8 import is_fp8
     from torchft.modules.nf4 import NF4Tensor
 
     dense = {"bfloat16": 2, "float32": 4}[dtype]
-    frozen = [param for param in model.parameters() if not param.requires_grad]
-    return sum(param.numel() * (NF4_BYTES if isinstance(param, NF4Tensor) else dense) for param in frozen)
+
+    def each(param: "torch.Tensor") -> float:
+        if isinstance(param, NF4Tensor):
+            return NF4_BYTES
+        return 1 + 4 / param.shape[1] if is_fp8(param) else dense  # a fp32 scale per row
+
+    return sum(param.numel() * each(param) for param in model.parameters() if not param.requires_grad)
 
 
 def check_disk(out: Path, needed: int) -> None:

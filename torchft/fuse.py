@@ -2,18 +2,20 @@
 
     log.print(str(fuse(model, cfg.model.kernels, device)))     # delete it, and everything works as before
 
-Blocks become FusedBlocks (fused_block.py), which hold the very same submodules: names, parameters, state dict and dtypes stay.
-Whatever a kernel does not cover (generation with a cache, adapters switched off) runs in the plain forward; what is skipped
-altogether is said. Left out: fused blocks for full fine-tuning, whose weights are trained, and for families whose blocks
-compute something else (Gemma, OLMo 2, Granite, GLM-4).
+Blocks become FusedBlocks (fused_block.py; with an FP8 base fused_fp8.py), which hold the very same submodules: names,
+parameters, state dict and dtypes stay. Whatever a kernel does not cover (generation with a cache, adapters switched off) runs
+in the plain forward; what is skipped altogether is said. Left out: fused blocks for full fine-tuning, whose weights are
+trained, and for families whose blocks compute something else (Gemma, OLMo 2, Granite, GLM-4).
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from torchft.checks import KERNELS
 from torchft.modules.compiler import missing_compiler
+from torchft.modules.fp8 import is_fp8
 from torchft.modules.lora import LoRALinear
 from torchft.modules.transformer import CausalLM, TransformerConfig
 
@@ -57,6 +59,7 @@ def fuse(model: CausalLM, switches: dict[str, str], device: torch.device) -> Fus
 def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     """`fuse`, whatever the device."""
     from torchft.fused_block import FusedBlock  # here: Triton is not everywhere
+    from torchft.fused_fp8 import FusedFp8Block
     from torchft.kernels.linear_cross_entropy import linear_cross_entropy
 
     loss_skipped = "its logits are capped" if model.config.final_logit_softcapping is not None else ""
@@ -66,9 +69,15 @@ def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     skipped = "model.kernels says so" if "lora" in eager else _why_not(model)
     if not skipped:
         layers = model.model.layers
+        swapped = FusedFp8Block if any(_in_fp8(layers)) else FusedBlock
         for index, block in enumerate(layers):
-            layers[index] = FusedBlock(block, " ".join(eager))
+            layers[index] = swapped(block, " ".join(eager))
     return FuseReport(0 if skipped else len(model.model.layers), loss, eager, skipped, loss_skipped)
+
+
+def _in_fp8(layers: nn.Module) -> list[bool]:
+    """Of each linear with a weight of its own, whether that is FP8."""
+    return [is_fp8(param) for name, param in layers.named_parameters() if ".lora_" not in name and param.dim() == 2]
 
 
 def _why_not(model: CausalLM) -> str:
@@ -82,6 +91,9 @@ def _why_not(model: CausalLM) -> str:
         return "DoRA rescales every output"
     if any(layer.dropout > 0 for layer in adapted):
         return "lora.dropout acts between the products that are folded"
+    in_fp8 = _in_fp8(layers)
+    if any(in_fp8) and not all(in_fp8):
+        return "some of their linears are FP8 and some are not"
     return _other_maths(model.config)
 
 

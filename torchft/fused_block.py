@@ -15,9 +15,9 @@ from torchft.kernels.lora_swiglu_linear import lora_swiglu_linear
 from torchft.kernels.rope import rope, rope_split
 from torchft.modules import nf4
 from torchft.modules.attention import LayerCache, Mask, attend
+from torchft.modules.block import Block
 from torchft.modules.feed_forward import PackedFeedForward
 from torchft.modules.lora import LoRALinear
-from torchft.modules.block import Block
 
 QKV, O, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 PACKED_QKV, PACKED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)  # where the checkpoint has one linear already (Phi-3)
@@ -33,7 +33,7 @@ class FusedBlock(Block):
         nn.Module.__init__(self)
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.base_stays = block.base_stays
+        self.base_stays, self.recomputed = block.base_stays, block.recomputed
         self.eager = eager
         self.qkv = PACKED_QKV if self.self_attn.packed else QKV
         self.gate_up = PACKED_GATE_UP if isinstance(self.mlp, PackedFeedForward) else GATE_UP
@@ -60,7 +60,8 @@ class FusedBlock(Block):
         group, bias = self._group(mlp, self.gate_up)
         total, gate_up = lora_norm_linear(flat, delta, norm.weight, norm.eps, group, bias, eager)
         group, bias = self._group(mlp, DOWN)
-        return (total + lora_swiglu_linear(gate_up, group, bias, "silu", eager)).view(h.shape)
+        y = lora_swiglu_linear(gate_up, group, bias, "silu", eager, self.replayed)
+        return (total if self.replayed else total + y).view(h.shape)
 
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, plain = self.self_attn, "rope" in self.eager
@@ -79,7 +80,7 @@ class FusedBlock(Block):
     def _group(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Group, Tensor | None]:
         """These linears of `parent` as one, and their biases; E holds the adapters as they are now."""
         linears = [getattr(parent, name) for name in names]
-        adapters = [_adapter(linear) for linear in linears]
+        adapters = [adapter_of(linear) for linear in linears]
         a, b = [pair[0] for pair in adapters], [pair[1] for pair in adapters]
         scale = self.adapted[0].scale  # one for all of a model
         biases = [linear.bias for linear in linears]
@@ -108,7 +109,7 @@ class FusedBlock(Block):
         return extended
 
 
-def _adapter(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+def adapter_of(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """A (r, D) and B (O, r); of rank 0 where a linear has none."""
     if isinstance(linear, LoRALinear):
         return linear.lora_A.weight, linear.lora_B.weight

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 NOT_YAML = (".py", ".jsonl", ".csv", ".parquet", ".txt")  # what is given in place of a config by mistake
 
 # A config's method is the last part of its name: llama3_1/8B_qlora is for every recipe that starts with lora_.
-METHODS = {"lora": ("lora", "qlora"), "full": ("full",), "dpo": ("dpo",)}
+METHODS = {"lora": ("lora", "qlora", "lora_fp8"), "full": ("full",), "dpo": ("dpo",)}
 
 RECIPE_ALIASES = {
     "lora_finetune_single_device": "lora_single_device",
@@ -113,7 +113,8 @@ def config_names() -> list[str]:
 def configs_for(recipe: str) -> list[str]:
     """The shipped configs that a shipped recipe takes, by the method in their names."""
     methods = METHODS.get(recipe.split("_")[0], ())
-    return [name for name in config_names() if name.rpartition("_")[2] in methods or name.rpartition("/")[2] in methods]
+    ends = tuple(f"{sign}{method}" for method in methods for sign in "_/")
+    return [name for name in config_names() if name.endswith(ends)]
 
 
 def recipe_for(config: str) -> str:

@@ -1,6 +1,6 @@
 """Weights into a model built on meta: streamed from a Hugging Face checkpoint, or random from a seed.
 
-Tensor by tensor: read, cast, moved, quantised where the model says NF4, put in place. So neither a dense copy of a
+Tensor by tensor: read, cast, moved, quantised where the model says NF4 or FP8, put in place. So neither a dense copy of a
 quantised model nor a second copy of any model ever exists. Checkpoint names are the model's own, so there is no key
 table; whatever does not fit exactly is an error that names the tensor.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchft.errors import UserError
 from torchft.hf_checkpoint import Checkpoint, listed, open_checkpoint
 from torchft.models import read_config
-from torchft.modules import nf4
+from torchft.modules import fp8, nf4
 from torchft.modules.sharding import cut, divided_like, local, rows_held
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import TrainedEmbedding, TrainedHead
@@ -44,7 +44,7 @@ def load_weights(
     """Stream a checkpoint into a model on meta, adapters excepted (they stay on meta: see init_lora, load_adapter).
 
     Args:
-        dtype: of everything but NF4 weights, which are quantised from it, and modules trained whole, which stay fp32.
+        dtype: of everything but NF4 and FP8 weights, which are quantised from it, and modules trained whole, which stay fp32.
         new_rows: rows that `resize_vocab` appended to embed_tokens and lm_head and the files do not have.
 
     Raises:
@@ -108,12 +108,19 @@ class _Slot:
         return isinstance(local(self.param), nf4.NF4Tensor)
 
     def rows(self) -> slice:
-        """The rows that `fill` wants: this process's, but all of an NF4 tensor, whose scales have one mean."""
-        return slice(0, self.param.shape[0]) if self.is_nf4() else rows_held(self.param)
+        """The rows that `fill` wants: this process's, but all of an NF4 tensor, whose scales have one mean, and of an FP8 one,
+        whose scales are on every process."""
+        quantized = self.is_nf4() or fp8.is_fp8(self.param)
+        return slice(0, self.param.shape[0]) if quantized else rows_held(self.param)
 
     def fill(self, value: Tensor) -> None:
-        """Put those rows in the parameter's place, quantised if that is NF4."""
-        if self.is_nf4():
+        """Put those rows in the parameter's place, quantised if that is NF4 or FP8."""
+        if fp8.is_fp8(self.param):
+            value, scale = fp8.quantize_rows(value)
+            filled = cut(value, self.param)
+            for module, _ in self.owners:
+                module.weight_scale = scale
+        elif self.is_nf4():
             filled = cut(nf4.to_nf4(value), self.param)
         else:
             filled = divided_like(value, self.param)

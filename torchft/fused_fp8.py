@@ -1,0 +1,83 @@
+"""A transformer block whose frozen linears are FP8 (modules/fp8.py), as three functions around attention.
+
+Swapped in by torchft.fuse where every linear of the blocks is FP8. Weights that stay on this process are laid above each
+other once (q, k and v; gate and up), as views of one matrix. Its transpose, which backward multiplies, is kept where nothing
+is recomputed, since then memory is given for time anyway (8B: 6.5 GiB for 1.3% of a step); else, and for weights that FSDP2
+gathers, it is made for each use.
+
+Legend: B batch, T tokens, D hidden, O output width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchft.fused_block import DOWN, GATE_UP, QKV, FusedBlock, O, adapter_of
+from torchft.kernels.fp8_linear import Fp8Group, above_each_other, fp8_linear, with_adapters
+from torchft.kernels.fp8_mlp import Mlp, fp8_mlp
+from torchft.kernels.fp8_norm_linear import fp8_norm_linear
+from torchft.kernels.fp8_transpose import transpose
+from torchft.modules.attention import LayerCache, Mask, attend
+from torchft.modules.block import Block
+
+
+class FusedFp8Block(FusedBlock):
+    """The parameters of a Block under the same names, and what it computes. Made by torchft.fuse."""
+
+    def __init__(self, block: Block, eager: str) -> None:
+        super().__init__(block, eager)
+        self.flipped: dict[str, Tensor] = {}  # kept transposes, by the group's first linear
+        self.scales: dict[str, tuple[list[Tensor], Tensor, Tensor]] = {}  # see _scales
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """As Block.forward."""
+        if cache is not None or not all(layer.enabled for layer in self.adapted):
+            return Block.forward(self, h, cos, sin, mask, cache, start)
+        attention, mlp, eager = self.self_attn, self.mlp, self.eager
+        flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
+        norm = self.input_layernorm
+        flat, qkv = fp8_norm_linear(flat, norm.weight, norm.eps, *self._fp8_group(attention, QKV), eager)
+        q, k, v = self._rotated(qkv.view(*h.shape[:2], -1), cos, sin)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        delta = fp8_linear(y.reshape(len(flat), -1), *self._fp8_group(attention, O), eager)
+        norm = self.post_attention_layernorm
+        groups = *self._fp8_group(mlp, GATE_UP), *self._fp8_group(mlp, DOWN)
+        total, y = fp8_mlp(flat, delta, Mlp(norm.weight, norm.eps, *groups, eager, self.replayed))
+        return (total if self.replayed else total + y).view(h.shape)
+
+    def _fp8_group(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Fp8Group, Tensor | None]:
+        """These linears of `parent` as one, and their biases."""
+        linears = [getattr(parent, name) for name in names]
+        a, b = zip(*(adapter_of(linear) for linear in linears), strict=True)
+        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+        weights, flipped = [linear.weight.detach() for linear in linears], None
+        if self.base_stays:
+            weights, flipped = [self._stacked(names[0], linears)], self.flipped.get(names[0])
+            if flipped is None and not self.recomputed and torch.is_grad_enabled():
+                flipped = self.flipped[names[0]] = transpose(weights[0], eager="fp8" in self.eager)
+        row_scale, ones = self._scales(names[0], linears)
+        dtype = self.input_layernorm.weight.dtype
+        return with_adapters((weights, row_scale, flipped, ones), list(a), list(b), self.adapted[0].scale, dtype), bias
+
+    def _scales(self, key: str, linears: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+        """Of the weights' rows, (O,), and of those of their transpose, (D,), which are one. Kept until a linear gets others."""
+        sources, found = [linear.weight_scale for linear in linears], self.scales.get(key)
+        if found is None or any(old is not new for old, new in zip(found[0], sources, strict=True)):
+            ones = torch.ones(linears[0].in_features, dtype=torch.float32, device=sources[0].device)
+            found = self.scales[key] = sources, torch.cat(sources), ones
+        return found[1:]
+
+    def _stacked(self, key: str, linears: list[nn.Linear]) -> Tensor:
+        """The kept codes above each other, of which the weights are views; made anew when these are replaced."""
+        stacked = self.packed.get(key)
+        memory = None if stacked is None else stacked.untyped_storage().data_ptr()
+        if stacked is None or any(linear.weight.untyped_storage().data_ptr() != memory for linear in linears):
+            stacked, row = above_each_other([linear.weight.detach() for linear in linears]), 0
+            for linear in linears:
+                linear.weight.data = stacked[row : row + linear.out_features]
+                row += linear.out_features
+            self.packed[key] = stacked
+            self.flipped.pop(key, None)
+        return stacked
+
