@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torchft.modules.attention import Attention, LayerCache, Mask, build_mask
 from torchft.modules.checkpointing import Checkpointing
 from torchft.modules.feed_forward import FeedForward
-from torchft.modules.loss import linear_cross_entropy
+from torchft.modules.loss import linear_cross_entropy, linear_logprobs
 from torchft.modules.norm import RMSNorm
 from torchft.modules.rope import RopeConfig, rope_tables
+from torchft.modules.tree_mask import build_tree_mask
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        cache: KVCache | None,
+        branches: Tensor | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, D); arguments as in CausalLM.forward."""
         num_tokens, device = input_ids.shape[1], input_ids.device
@@ -122,10 +128,14 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + num_tokens, device=device)[None]
         cos, sin = rope_tables(self.rope, positions)  # (B or 1, T, E/2)
-        masks = {
-            window: build_mask(input_ids, start + num_tokens, window, documents, cached=cache is not None)
-            for window in set(self.windows)
-        }
+        if branches is not None:
+            assert documents is not None and cache is None, "a tree of branches is trained, and never generated from"
+            masks = {window: build_tree_mask(documents, branches, positions, window) for window in set(self.windows)}
+        else:
+            masks = {
+                window: build_mask(input_ids, start + num_tokens, window, documents, cached=cache is not None)
+                for window in set(self.windows)
+            }
         # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
         h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)
         for index, block in enumerate(self.layers):
@@ -135,12 +145,12 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder with its head: logits, or with labels the summed loss."""
+    """The decoder with its head: logits, or with labels the summed loss or each token's log-probability."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_loss = linear_cross_entropy  # swapped by torchft.fuse
+        self.head_loss, self.head_logprobs = linear_cross_entropy, linear_logprobs  # swapped by torchft.fuse
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -152,7 +162,9 @@ class CausalLM(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        branches: Tensor | None = None,
         labels: Tensor | None = None,
+        per_token: bool = False,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -162,9 +174,14 @@ class CausalLM(nn.Module):
         documents (B, T) int: tokens attend within equal ids only; None = every row is one document without padding.
         labels (B, T) int, ALREADY SHIFTED: labels[b, t] is what position t should predict; -100 = not supervised. The
             loss is taken here, inside forward, because that is where FSDP2 has gathered the head's weight.
+        branches (B, T) int: a document is a trunk, 0, and answers to it, 1 and up, that do not see each other.
+        per_token: instead of the sum, the log-probability of each label, (B, T) fp32, 0 where none is supervised.
         cache: the tokens follow those already in it. last_only: logits of the last position alone, (B, 1, V).
         """
-        h = self.model(input_ids, positions, documents, cache)  # (B, T, D)
+        h = self.model(input_ids, positions, documents, cache, branches)  # (B, T, D)
+        if per_token:
+            logprobs = self.head_logprobs(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            return logprobs.view(labels.shape).clone()  # FSDP2 hooks what leaves here, and warns of views
         if labels is not None:
             return self.head_loss(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
         return self.lm_head(h[:, -1:] if last_only else h)

@@ -53,11 +53,11 @@ def fuse(model: CausalLM, switches: dict[str, str], device: torch.device) -> Fus
 def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     """`fuse`, whatever the device."""
     from torchft.fused_block import FusedBlock  # here: Triton is not everywhere
-    from torchft.kernels.linear_cross_entropy import linear_cross_entropy
+    from torchft.kernels.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 
     loss = "cross_entropy" not in eager
     if loss:
-        model.head_loss = linear_cross_entropy
+        model.head_loss, model.head_logprobs = linear_cross_entropy, linear_logprobs
     skipped = "model.kernels says so" if "lora" in eager else _why_not(model)
     if not skipped:
         layers = model.model.layers

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchft.config import PreferenceOptions
 
 REFERENCE_FREE = ("simpo", "orpo", "cpo")  # of PreferenceOptions.loss
+FIGURES = ("rewards_chosen", "rewards_rejected", "margin", "accuracy", "logps_chosen", "logps_rejected", "kl")
 
 
 def preference_loss(policy: Tensor, reference: Tensor | None, lengths: Tensor, options: PreferenceOptions) -> Tensor:
@@ -49,6 +50,39 @@ def preference_loss(policy: Tensor, reference: Tensor | None, lengths: Tensor, o
     if options.sft_weight:
         loss = loss + options.sft_weight * sft(policy[:, 0] / lengths[:, 0])
     return loss.float()
+
+
+def sum_by_answer(values: Tensor, sequences: Tensor, num_sequences: int) -> Tensor:
+    """Per-token values (B, T) to their sums over each answer, (num_sequences,); see torchft/data/loader.py for `sequences`.
+
+    Also of no answers it is connected to the graph, so that every process of a run has a backward to do.
+    """
+    return values.new_zeros(num_sequences + 1).index_add(0, sequences.flatten(), values.flatten())[:-1]
+
+
+def figures(
+    policy: Tensor, reference: Tensor | None, lengths: Tensor, options: PreferenceOptions
+) -> dict[str, Tensor]:
+    """What people watch, summed over the pairs of a batch, without gradient; arguments as in `preference_loss`.
+
+    Rewards are beta times what the loss compares. accuracy: pairs whose chosen answer has the higher reward; a tie, as all pairs
+    are before the first step, counts half.
+    """
+    policy = policy.detach()
+    rewards = options.beta * implicit_rewards(policy, reference, lengths, options.loss)
+    margin = rewards[:, 0] - rewards[:, 1]
+    accuracy = (margin.sign() + 1) / 2
+    values = [rewards[:, 0], rewards[:, 1], margin, accuracy, policy[:, 0], policy[:, 1]]
+    return dict(zip(FIGURES[:-1], (value.sum().float() for value in values), strict=True))
+
+
+def kl_estimate(policy: Tensor, reference: Tensor, batch_sequences: Tensor, lengths: Tensor) -> Tensor:
+    """How far the policy is from the reference on the data's answers, in nats per token, summed over pairs: half the squared
+    log-ratio of each token, whose mean over the policy's own text would be near the KL divergence (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html, k2). policy, reference: of each token, (B, T).
+    """
+    squares = (policy.detach() - reference).square() / 2
+    return (sum_by_answer(squares, batch_sequences, lengths.numel()).view_as(lengths) / lengths).mean(1).sum()
 
 
 def implicit_rewards(policy: Tensor, reference: Tensor | None, lengths: Tensor, loss: str) -> Tensor:

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 NOT_YAML = (".py", ".jsonl", ".csv", ".parquet", ".txt")  # what is given in place of a config by mistake
 
 # A config's method is the last part of its name: llama3_1/8B_qlora is for every recipe that starts with lora_.
-METHODS = {"lora": ("lora", "qlora"), "full": ("full",), "dpo": ("dpo",)}
+METHODS = {"lora": ("lora", "qlora"), "full": ("full",), "dpo": ("dpo",), "kto": ("kto",), "reward": ("reward",)}
 
 RECIPE_ALIASES = {
     "lora_finetune_single_device": "lora_single_device",
