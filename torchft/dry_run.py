@@ -12,9 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchft.checks import counted
-from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
+from torchft.config import (
+    DataConfig,
+    KtoOptions,
+    LoraOptions,
+    ModelConfig,
+    OptimConfig,
+    PreferenceOptions,
+    RewardOptions,
+    RunConfig,
+    resolve_path,
+)
 from torchft.errors import UserError
+from torchft.names import find_config
 from torchft.parse import read_config
+from torchft.strict_yaml import compose_file
 
 if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wait for
     import torch
@@ -42,12 +54,49 @@ class Options:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+@dataclass
+class PreferenceRun(Options):
+    """Those of dpo_distributed."""
+
+    dpo: PreferenceOptions = field(default_factory=PreferenceOptions)
+
+
+@dataclass
+class KtoRun(Options):
+    """Those of kto_distributed."""
+
+    kto: KtoOptions = field(default_factory=KtoOptions)
+
+
+@dataclass
+class RewardRun(Options):
+    """Those of reward_distributed."""
+
+    reward: RewardOptions = field(default_factory=RewardOptions)
+
+
+METHODS = {"dpo": (PreferenceRun, "pairs"), "kto": (KtoRun, "verdicts"), "reward": (RewardRun, "pairs")}
+
+
+def read_options(config: str, overrides: list[str], training: bool = True) -> tuple[Options, str]:
+    """The options of a config and what its recipe reads, one of torchft.data.layout.KINDS, or "" where only the data can say.
+
+    A recipe of preferences is told by its own group of options, in the file or on the command line, or by the config's name.
+    """
+    file = find_config(config)
+    node = compose_file(file)
+    groups = [key.value for key, _ in node.value] if node is not None and isinstance(node.value, list) else []
+    given = {file.stem.rpartition("_")[2], *groups, *(text.partition(".")[0] for text in overrides)}
+    options, kind = next((METHODS[name] for name in METHODS if name in given), (Options, ""))
+    return read_config(options, config, overrides, training=training), kind
+
+
 def validate(config: str, overrides: list[str]) -> None:
     """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails."""
-    cfg = read_config(Options, config, overrides)
+    cfg, kind = read_options(config, overrides)
     print(f"config  ok: {config}", flush=True)  # up to here without torch: a typo is found in a moment
     check_machine(cfg)
-    tokenizer, *datasets = check_data(cfg)
+    tokenizer, *datasets = check_data(cfg, kind)
     check_model(cfg, tokenizer, *datasets)
 
 
@@ -55,8 +104,8 @@ def show_data(config: str, overrides: list[str], examples: int) -> None:
     """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour."""
     from torchft.data.report import render_example, report, wants_color
 
-    cfg = read_config(Options, config, overrides, training=False)
-    tokenizer, loader, valid = load_data(cfg)
+    cfg, kind = read_options(config, overrides, training=False)
+    tokenizer, loader, valid = load_data(cfg, kind)
     print(report(loader.dataset, loader))
     if valid is not None:
         print(report(valid))
@@ -64,17 +113,18 @@ def show_data(config: str, overrides: list[str], examples: int) -> None:
         print("\n" + render_example(loader.dataset, index, tokenizer, color=wants_color(sys.stdout)))
 
 
-def load_data(cfg: Options) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
+def load_data(cfg: Options, kind: str) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
     """(tokenizer, loader of the training data, validation data or None), as a recipe makes them."""
     from torchft.adapter import tokenizer_folder
     from torchft.data.chat_template import load_template
-    from torchft.data.dataset import build_datasets
+    from torchft.data.dataset import build_datasets, sources_kind
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), cfg.lora.adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
-    train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed)
+    kind = kind or sources_kind(cfg.data.train, "data.train")
+    train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
     loader = Loader(train, cfg.data, cfg.run)
     return tokenizer, loader, valid
 
@@ -91,9 +141,9 @@ def check_machine(cfg: Options) -> None:
         build_optimizer({"any": torch.nn.Parameter(torch.zeros(1, device=_device()))}, cfg.optim)
 
 
-def check_data(cfg: Options) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
+def check_data(cfg: Options, kind: str) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
     """Tokenises all data and prints what the run would read. Returns (tokenizer, training data, validation data)."""
-    tokenizer, loader, valid = load_data(cfg)
+    tokenizer, loader, valid = load_data(cfg, kind)
     held_out = 0 if valid is None else len(valid)
     print(f"data    ok: {counted(len(loader.dataset), 'example')}, {held_out:,} held out")
     print(textwrap.indent(loader.summary(), INDENT), flush=True)
