@@ -192,6 +192,23 @@ def kto(ratios: Tensor, desirable: Tensor, kl: Tensor, beta: float, weights: tup
     return torch.where(desirable, weights[0], weights[1]) * (1 - value)
 
 
+def verdict_sums(ratios: Tensor, desirable: Tensor, kl: Tensor, beta: float) -> Tensor:
+    """What KTO logs, summed over answers, without gradient, (5,): how many are desirable, how many not, the rewards of either kind,
+    and how many are on their side of the baseline (on it counts half).
+    """
+    rewards, good = beta * ratios.detach(), desirable.float()
+    right = ((rewards - beta * kl).sign() * (2 * good - 1) + 1) / 2
+    return torch.stack([good.sum(), (1 - good).sum(), (rewards * good).sum(), (rewards * (1 - good)).sum(), right.sum()])
+
+
+def verdict_means(sums: Tensor, kl: Tensor) -> dict[str, Tensor]:
+    """The figures of `verdict_sums`, each a mean over the answers that it is about."""
+    good, bad, reward_good, reward_bad, right = sums
+    chosen, rejected = reward_good / good.clamp(min=1), reward_bad / bad.clamp(min=1)
+    accuracy = right / (good + bad).clamp(min=1)
+    return {"rewards_chosen": chosen, "rewards_rejected": rejected, "margin": chosen - rejected, "accuracy": accuracy, "kl": kl}
+
+
 def bradley_terry(chosen: Tensor, rejected: Tensor, center_weight: float = 0.0) -> Tensor:
     """The reward model's loss, eq. 2 of the DPO paper: -log sigma(chosen - rejected), of scores (P,).
 

@@ -181,7 +181,7 @@ def _tokenize_sources(
     with tqdm(total=sum(map(len, tables)), desc="tokenising", unit=" rows", leave=False, disable=quiet or None) as bar:
         for number, (rows, report) in enumerate(zip(tables, reports, strict=True)):
             for index, row in enumerate(rows):
-                made = _count_samples(row, report, data_cfg, tokenizer, template)
+                made = _count_samples(row, kind, report, data_cfg, tokenizer, template)
                 samples += made
                 owners += [(number, index)] * len(made)
                 bar.update()
@@ -213,12 +213,15 @@ def sources_kind(sources: list[SourceConfig], key: str) -> str:
 
 
 def _count_samples(
-    row: Row, report: SourceReport, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+    row: Row, kind: str, report: SourceReport, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> list[Sample]:
     """The samples of one row, which the report counts as used, or as dropped if there are none."""
     try:
-        make = make_samples if report.layout.format in KINDS["sft"] else preference_samples
-        samples, notes = make(_read(row, report.layout), data_cfg, tokenizer, template)
+        example = _read(row, report.layout)
+        if kind == "sft":
+            samples, notes = make_samples(example, data_cfg, tokenizer, template)
+        else:
+            samples, notes = preference_samples(example, kind, data_cfg, tokenizer, template)
     except BadRow as error:
         report.drop(row.where, error)
         return []

@@ -30,7 +30,8 @@ NEEDED = {  # the column sets of each format, any one of which makes it
 }
 OPTIONAL = {"instruct": ("input", "system"), "messages": ("tools",), "sharegpt": ("tools", "system"), "text": ()}
 OPTIONAL |= {"preference": ("tools", "system"), "kto": ("tools", "system")}
-KINDS = {"sft": ("instruct", "messages", "sharegpt", "text"), "pairs": ("preference",), "verdicts": ("kto",)}
+KINDS = {"sft": ("instruct", "messages", "sharegpt", "text"), "pairs": ("preference",)}
+KINDS |= {"verdicts": ("kto", "preference")}  # a pair is two verdicts
 Fit = tuple[str, tuple[str, ...]]  # a format, and the columns of ours that make it
 
 
@@ -70,7 +71,7 @@ def detect_layout(rows: list[Row], source: SourceConfig, key: str, kind: str = "
 
 def detect_kind(rows: list[Row], source: SourceConfig) -> str:
     """Which of KINDS a source is, for commands that are told no recipe."""
-    named = [kind for kind, forms in KINDS.items() if source.format in forms]
+    named = [kind for kind, forms in KINDS.items() if source.format in forms]  # of a pair first what it is
     tables = [row.values for row in rows if row.values is not None]
     counts = Counter(itertools.chain.from_iterable(tables))
     usual = _our_names([name for name, count in counts.items() if 2 * count >= len(tables)], source.columns)

@@ -1,7 +1,7 @@
 """Rows with a preference: two answers to one prompt, or one answer with a verdict; and how they become tokens.
 
     example = read_preference(row, layout)      # messages = prompt + chosen, rejected = prompt + rejected, num_prompt
-    sample, notes = pair_sample(example, cfg.data, tokenizer, template)
+    samples, notes = preference_samples(example, "pairs", cfg.data, tokenizer, template)
 
 Shapes of a prompt: text, messages, a ShareGPT conversation, or none where chosen and rejected are whole conversations that begin
 alike. Of an answer: text, one turn, or several. Both conversations are rendered and masked as for SFT, and only the answer is
@@ -124,22 +124,26 @@ def _verdict(values: dict[str, Any], column: str) -> bool:
 
 
 def preference_samples(
-    example: Example, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate
+    example: Example, kind: str, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate
 ) -> tuple[list[Sample], Counter[str]]:
-    """The sample of a pair or of a verdict, and notes to count. Raises: BadRow, UserError as make_samples."""
+    """The sample of a pair or of a verdict, and notes to count; of a pair, where verdicts are wanted, two.
+
+    kind: pairs or verdicts. Raises: BadRow, UserError as make_samples.
+    """
     sides = [example.messages, *([example.rejected] if example.rejected else [])]
     done = [_tokenize(example, side, data_cfg, tokenizer, template) for side in sides]
     notes = sum((side.notes for side in done), Counter())
     if template.is_dated:
         notes[f"the chat template's date is {NOW:%d %b %Y}, whatever the day"] += 1
-    if example.rejected is None:
-        sample = _cut_verdict(done[0], bool(example.desirable), data_cfg)
+    if kind == "pairs":
+        samples = [_join(*done, data_cfg)]
     else:
-        sample = _join(*done, data_cfg)
-    length = sum(len(side.ids) for side in done) - sample.num_trunk
-    if length > len(sample.ids):
+        verdicts = [bool(example.desirable)] if example.rejected is None else [True, False]
+        samples = [_cut_verdict(side, verdict, data_cfg) for side, verdict in zip(done, verdicts, strict=True)]
+    length = sum(len(side.ids) for side in done)
+    if length > sum(len(sample.ids) + sample.num_trunk for sample in samples):
         notes["cut at data.max_seq_len"] += 1
-    return [sample], notes
+    return samples, notes
 
 
 def _tokenize(
