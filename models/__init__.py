@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torchft.models import llama, mistral, qwen2, qwen3
+from torchft.modules.score import RewardModel
 from torchft.modules.transformer import CausalLM, TransformerConfig
 
 FAMILIES = {  # `architectures` in config.json -> the family's file
@@ -56,3 +57,8 @@ def model_config(hf: dict[str, Any]) -> TransformerConfig:
 def build_model(hf_config: dict[str, Any]) -> CausalLM:
     """The model of a config.json, without weights: call it under `torch.device("meta")`, then stream them in."""
     return CausalLM(model_config(hf_config))
+
+
+def build_reward_model(hf_config: dict[str, Any]) -> RewardModel:
+    """The same with a score on top."""
+    return RewardModel(model_config(hf_config))

@@ -202,26 +202,32 @@ def check_pairs(values: dict[str, Any]) -> Problems:
 
 def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     """For recipes that learn from preferences: what a loss does not use, and what leaves it without a reference."""
-    loss = values.get("dpo.loss", "")
-    # The base model with its adapters off is the model at the start, unless something else was or will be changed.
-    needs_base = "kto.beta" in values or (loss != "" and loss not in ("simpo", "orpo", "cpo"))
-    why = "the reference is the base model with its adapters off"
-    merge = f"{why}, but training would start from this one; merge it first (tune merge) and name the result in model.path"
+    loss, kto = values.get("dpo.loss", ""), "kto.beta" in values
     return [
-        (bool(loss or "kto.beta" in values) and values.get("lora.dropout", 0.0) > 0.0, "lora.dropout",
+        *(_reference_rules(values) if kto or loss not in ("", "simpo", "orpo", "cpo") else []),
+        (bool(loss or kto) and values.get("lora.dropout", 0.0) > 0.0, "lora.dropout",
          "must be 0: policy and reference are compared without dropout, so that the loss starts where it should"),
-        (needs_base and bool(values.get("lora.adapter")), "lora.adapter", merge),
-        *[(needs_base and bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, "
-           "or choose a dpo.loss without a reference (simpo, orpo, cpo)")
-          for key in ("lora.modules_to_save", "lora.new_tokens")],
         (loss not in ("", "sigmoid", "robust") and values["dpo.label_smoothing"] > 0.0, "dpo.label_smoothing",
          f"has no effect on dpo.loss={loss}; use sigmoid or robust, or remove it"),
         (loss not in ("", "simpo") and values["dpo.gamma"] > 0.0, "dpo.gamma",
          f"has no effect on dpo.loss={loss}; use simpo, or remove it"),
         (loss in ("orpo", "cpo") and values["dpo.sft_weight"] > 0.0, "dpo.sft_weight",
          f"would be a second term of its kind: dpo.loss={loss} has one; remove it"),
-        ("kto.beta" in values and values.get("run.global_batch_size", 2) < 2 and not values.get("data.packing", True),
+        *[("reward.center_weight" in values and bool(values.get(key)), key, "has no use in a reward model; remove it")
+          for key in ("lora.modules_to_save", "lora.new_tokens", "run.exact_match_rows")],
+        (kto and values.get("run.global_batch_size", 2) < 2 and not values.get("data.packing", True),
          "run.global_batch_size", "must be 2 or more: KTO's baseline pairs each prompt with the answer to another one of the step"),
+    ]  # fmt: skip
+
+
+def _reference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """The base model with its adapters off is the model at the start, unless something else was or will be changed."""
+    why = "the reference is the base model with its adapters off"
+    return [
+        (bool(values.get("lora.adapter")), "lora.adapter",
+         f"{why}, but training would start from this one; merge it first (tune merge) and name the result in model.path"),
+        *[(bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, or choose a dpo.loss "
+           "without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "lora.new_tokens")],
     ]  # fmt: skip
 
 

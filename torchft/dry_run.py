@@ -21,6 +21,7 @@ from torchft.config import (
     PreferenceOptions,
     RewardOptions,
     RunConfig,
+    SourceConfig,
     resolve_path,
 )
 from torchft.errors import UserError
@@ -117,16 +118,24 @@ def load_data(cfg: Options, kind: str) -> tuple["Tokenizer", "Loader", "Dataset 
     """(tokenizer, loader of the training data, validation data or None), as a recipe makes them."""
     from torchft.adapter import tokenizer_folder
     from torchft.data.chat_template import load_template
-    from torchft.data.dataset import build_datasets, sources_kind
+    from torchft.data.dataset import build_datasets
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), cfg.lora.adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
-    kind = kind or sources_kind(cfg.data.train, "data.train")
+    kind = kind or sources_kind(cfg.data.train)
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
     loader = Loader(train, cfg.data, cfg.run)
     return tokenizer, loader, valid
+
+
+def sources_kind(sources: list[SourceConfig]) -> str:
+    """What the first source of the training data holds, one of torchft.data.layout.KINDS."""
+    from torchft.data.layout import detect_kind
+    from torchft.data.sources import read_source
+
+    return detect_kind(read_source(sources[0], "data.train[0]"), sources[0]) if sources else "sft"
 
 
 def check_machine(cfg: Options) -> None:

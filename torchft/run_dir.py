@@ -19,7 +19,7 @@ from torchft.errors import UserError
 STEP_NAME = re.compile(r"step_(\d{6,})")
 LEFTOVER_NAME = re.compile(r"step_\d{6,}\.tmp")
 FORMAT = "torchft checkpoint 2"
-RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "tensorboard", "profile")  # beside the checkpoints
+RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "reward_model", "tensorboard", "profile")  # beside the checkpoints
 
 
 def checkpoint_path(out: Path, step: int) -> Path:

@@ -9,10 +9,11 @@ import pytest
 
 from torchft.config import ASSETS, DataConfig, SourceConfig
 from torchft.data.chat_template import load_template
-from torchft.data.dataset import Dataset, build_dataset, build_datasets, sources_kind
+from torchft.data.dataset import Dataset, build_dataset, build_datasets
 from torchft.data.loader import make_batch
 from torchft.data.report import report
 from torchft.data.tokenizer import load_tokenizer
+from torchft.dry_run import sources_kind
 from torchft.errors import UserError
 
 Q, A, B = ({"role": role, "content": text} for role, text in (("user", "why?"), ("assistant", "yes"), ("assistant", "no no")))
@@ -160,8 +161,8 @@ def test_a_kind_is_told_by_the_columns_and_refused_where_it_does_not_belong(tmp_
     file = tmp_path / "rows.jsonl"
     for row, kind in [(PAIRS["text"], "pairs"), (VERDICTS["messages"], "verdicts"), ({"messages": [Q, A]}, "sft")]:
         file.write_text(json.dumps(row) + "\n")
-        assert sources_kind([SourceConfig(path=str(file))], "data.train") == kind
-    assert sources_kind([SourceConfig(path=str(file), format="kto")], "data.train") == "verdicts"
+        assert sources_kind([SourceConfig(path=str(file))]) == kind
+    assert sources_kind([SourceConfig(path=str(file), format="kto")]) == "verdicts"
     with pytest.raises(UserError, match="instruct is not trained on here; known are auto, preference"):
         build(tmp_path, [PAIRS["text"]], source={"format": "instruct"})
     with pytest.raises(UserError, match="not trained on here but in dpo_distributed"):

@@ -20,7 +20,7 @@ from torchft.config import DataConfig, SourceConfig
 from torchft.data.cache import cache_key, cache_note, hash_arrays, load_arrays, store_arrays
 from torchft.data.chat_template import ChatTemplate
 from torchft.data.formats import Example, to_example
-from torchft.data.layout import KINDS, Layout, detect_kind, detect_layout
+from torchft.data.layout import KINDS, Layout, detect_layout
 from torchft.data.packing import HOLD_OUT, shuffled
 from torchft.data.preferences import preference_samples, read_preference
 from torchft.data.rows import BadRow, Row
@@ -205,11 +205,6 @@ def _tokenize_sources(
 
 def _read(row: Row, layout: Layout) -> Example:
     return to_example(row, layout) if layout.format in KINDS["sft"] else read_preference(row, layout)
-
-
-def sources_kind(sources: list[SourceConfig], key: str) -> str:
-    """What the first source holds, one of torchft.data.layout.KINDS, for commands that are told no recipe."""
-    return detect_kind(read_source(sources[0], f"{key}[0]"), sources[0]) if sources else "sft"
 
 
 def _count_samples(

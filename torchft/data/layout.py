@@ -50,11 +50,9 @@ def detect_layout(rows: list[Row], source: SourceConfig, key: str, kind: str = "
     kind: one of KINDS, what the recipe reads. Raises: UserError, naming the option to set, if an option is wrong or the
     columns fit no format of that kind or more than one.
     """
-    tables = [row.values for row in rows if row.values is not None]
-    counts = Counter(itertools.chain.from_iterable(tables))
+    tables, counts, usual = _columns(rows)
     forms = _forms(source, kind, key)
     _check_options(source, counts, key, forms)
-    usual = [name for name, count in counts.items() if 2 * count >= len(tables)]
     names = _our_names(usual, source.columns)
     if kind == "sft" and source.format == "auto":
         _refuse_preference(names, tables, source, key)
@@ -72,11 +70,17 @@ def detect_layout(rows: list[Row], source: SourceConfig, key: str, kind: str = "
 def detect_kind(rows: list[Row], source: SourceConfig) -> str:
     """Which of KINDS a source is, for commands that are told no recipe."""
     named = [kind for kind, forms in KINDS.items() if source.format in forms]  # of a pair first what it is
+    tables, _, usual = _columns(rows)
+    names = _our_names(usual, source.columns)
+    found = "pairs" if set(SIDES) <= names else "verdicts" if _has_verdicts(names, tables) else "sft"
+    return named[0] if named else found
+
+
+def _columns(rows: list[Row]) -> tuple[list[dict[str, Any]], Counter[str], list[str]]:
+    """The readable rows, how many of them have each column, and the columns that at least half of them have."""
     tables = [row.values for row in rows if row.values is not None]
     counts = Counter(itertools.chain.from_iterable(tables))
-    usual = _our_names([name for name, count in counts.items() if 2 * count >= len(tables)], source.columns)
-    found = "pairs" if set(SIDES) <= usual else "verdicts" if _has_verdicts(usual, tables) else "sft"
-    return named[0] if named else found
+    return tables, counts, [name for name, count in counts.items() if 2 * count >= len(tables)]
 
 
 def _forms(source: SourceConfig, kind: str, key: str) -> tuple[str, ...]:

@@ -91,19 +91,23 @@ def _split(prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[Mess
 
     Raises: BadRow if they begin otherwise, or otherwise than each other.
     """
-    whole = [side for side in (chosen, rejected) if side[0]["role"] in ("system", "user")]
-    if not whole:
+    whole = [side[0]["role"] in ("system", "user") for side in (chosen, rejected)]
+    if not any(whole):
         return prompt, chosen, rejected
-    if len(whole) == 1:
+    if not all(whole):
         raise BadRow(PROMPTS_DIFFER, "one of them is a whole conversation, the other an answer alone")
-    shared = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
     if chosen == rejected:
         raise BadRow(EQUAL)
-    given, said = ([message for message in part if message["role"] != "system"] for part in (prompt, chosen[:shared]))
-    if given and [message["content"] for message in given] != [message["content"] for message in said]:
+    differ = (n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    shared = next(differ, min(len(chosen), len(rejected)))
+    if prompt and _said(prompt) not in ([], _said(chosen[:shared])):
         raise BadRow(PROMPTS_DIFFER, "or the prompt column holds another one")
-    systems = [message for message in prompt if message["role"] == "system" and chosen[0]["role"] != "system"]
-    return systems + chosen[:shared], chosen[shared:], rejected[shared:]
+    system = prompt[:1] if prompt and prompt[0]["role"] == "system" and chosen[0]["role"] != "system" else []
+    return system + chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _said(messages: Messages) -> list[Any]:
+    return [message["content"] for message in messages if message["role"] != "system"]
 
 
 def _check_parts(prompt: Messages, answer: Messages, column: str) -> None:
@@ -130,8 +134,7 @@ def preference_samples(
 
     kind: pairs or verdicts. Raises: BadRow, UserError as make_samples.
     """
-    sides = [example.messages, *([example.rejected] if example.rejected else [])]
-    done = [_tokenize(example, side, data_cfg, tokenizer, template) for side in sides]
+    done = [_tokenize(example, side, data_cfg, tokenizer, template) for side in (example.messages, example.rejected) if side]
     notes = sum((side.notes for side in done), Counter())
     if template.is_dated:
         notes[f"the chat template's date is {NOW:%d %b %Y}, whatever the day"] += 1
