@@ -1,7 +1,8 @@
 """A model that gives each sequence one number: the decoder with a linear on the last token's hidden state (a reward model).
 
-As in transformers' `...ForSequenceClassification` with one label: score = w . h, h the normalised hidden state of the sequence's
-last token. The head of the language model stays, so that everything else that knows a CausalLM works; it is not computed.
+As in transformers' `...ForSequenceClassification` with one label: score = w . h, h the normalised hidden state of the
+sequence's last token. The head of the language model stays, so that everything else that knows a CausalLM works; it is not
+computed.
 
 Legend: B batch, T tokens, D hidden, N sequences.
 """
@@ -28,8 +29,12 @@ class RewardModel(CausalLM):
         super().__init__(config)
         self.score = Score(config.hidden_size)
 
-    def forward(self, input_ids: Tensor, *, ends: Tensor | None = None, branches: Tensor | None = None, **others: Tensor) -> Tensor:
-        """Scores (N,) fp32 of the sequences that end at `ends` (N,), columns of the flattened (B, T); else as CausalLM.forward."""
+    def forward(
+        self, input_ids: Tensor, *, ends: Tensor | None = None, branches: Tensor | None = None, **others: Tensor
+    ) -> Tensor:
+        """Scores (N,) fp32 of the sequences that end at `ends` (N,), columns of the flattened (B, T); else as
+        CausalLM.forward.
+        """
         if ends is None:
             return super().forward(input_ids, branches=branches, **others)
         h = self.model(input_ids, others["positions"], others["documents"], None, branches)  # (B, T, D)

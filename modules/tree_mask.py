@@ -42,8 +42,8 @@ def dense_tree_mask(documents: Tensor, branches: Tensor, positions: Tensor, wind
 def block_tree_mask(documents: Tensor, branches: Tensor, positions: Tensor, window: int | None) -> BlockMask:
     """The same rule for FlexAttention, from the smallest and largest values in each block, as `attention.block_mask` does it.
 
-    A block is skipped only if none of it can be visible, and full (computed without a mask) only if all of it is; whatever is in
-    between is evaluated by `visible`, so that the result is exact.
+    A block is skipped only if none of it can be visible, and full (computed without a mask) only if all of it is; whatever
+    is in between is evaluated by `visible`, so that the result is exact.
     """
     num_tokens = documents.shape[1]
     groups = documents * (branches.amax() + 1) + branches  # one number for each branch of each document

@@ -4,11 +4,11 @@
     tune run --nproc_per_node 8 dpo_distributed --config llama3_1/8B_dpo data.train=pairs.jsonl dpo.loss=ipo
     tune cp dpo_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/dpo
 
-It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py); `diff` the two. The reference is the
-base model, that is, the same model with its adapters off. A row holds many pairs, the prompt of each once, and its two answers
-behind it do not see each other. Every process runs all of this; what is printed and written comes from the first.
-The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy
-is yours to edit. Measured results: docs/RECORDS.md. Left out: full fine-tuning.
+It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py); `diff` the two. The reference
+is the base model, that is, the same model with its adapters off. A row holds many pairs, the prompt of each once, and its
+two answers behind it do not see each other. Every process runs all of this; what is printed and written comes from the
+first. The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it,
+so a copy is yours to edit. Measured results: docs/RECORDS.md. Left out: full fine-tuning.
 """
 
 import math

@@ -4,11 +4,11 @@
     tune run --nproc_per_node 8 kto_distributed --config llama3_1/8B_kto data.train=verdicts.jsonl
     tune cp kto_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/kto
 
-It is dpo_distributed for data without pairs (torchft/losses.py: kto); `diff` the two. An answer's reward is compared with a baseline,
-the divergence from the reference, which each step estimates from its prompts with each other's answers before it takes a gradient.
-Every process runs all of this; what is printed and written comes from the first.
-The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy
-is yours to edit. Measured results: docs/RECORDS.md. Left out: full fine-tuning.
+It is dpo_distributed for data without pairs (torchft/losses.py: kto); `diff` the two. An answer's reward is compared with a
+baseline, the divergence from the reference, which each step estimates from its prompts with each other's answers before it
+takes a gradient. Every process runs all of this; what is printed and written comes from the first. The whole run is in
+`main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy is yours to
+edit. Measured results: docs/RECORDS.md. Left out: full fine-tuning.
 """
 
 import math
@@ -88,7 +88,9 @@ def log_ratios(model: CausalLM, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def baseline(model: CausalLM, batches: Iterable[Batch], device: torch.device) -> torch.Tensor:
-    """The KL divergence from the reference in nats per answer, at least 0, from answers to other prompts: a scalar, on all processes."""
+    """The KL divergence from the reference in nats per answer, at least 0, from answers to other prompts: a scalar, on all
+    processes.
+    """
     totals = torch.zeros(2, device=device, dtype=torch.float64)
     for batch in batches:
         totals[0] += log_ratios(model, batch.to(device)).sum()

@@ -89,7 +89,9 @@ def test_losses_without_a_reference_are_trls() -> None:
     means = policy / lengths
 
     def trl_cpo(logps: Tensor, loss: str, beta: float, gamma: float = 0.0) -> Tensor:
-        trainer = SimpleNamespace(alpha=0.0, accelerator=Accelerator(), loss_type=loss, beta=beta, simpo_gamma=gamma, label_smoothing=0.0)
+        trainer = SimpleNamespace(
+            alpha=0.0, accelerator=Accelerator(), loss_type=loss, beta=beta, simpo_gamma=gamma, label_smoothing=0.0
+        )
         return CPOTrainer.cpo_loss(trainer, *logps.unbind(1))[0].mean()
 
     ours = preference_loss(policy, None, lengths, PreferenceOptions("simpo", beta=2.0, gamma=0.5))

@@ -216,7 +216,7 @@ def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         *[("reward.center_weight" in values and bool(values.get(key)), key, "has no use in a reward model; remove it")
           for key in ("lora.modules_to_save", "lora.new_tokens", "run.exact_match_rows")],
         (kto and values.get("run.global_batch_size", 2) < 2 and not values.get("data.packing", True),
-         "run.global_batch_size", "must be 2 or more: KTO's baseline pairs each prompt with the answer to another one of the step"),
+         "run.global_batch_size", "must be 2 or more: KTO pairs each prompt with the answer to another one of the step"),
     ]  # fmt: skip
 
 
@@ -226,8 +226,8 @@ def _reference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     return [
         (bool(values.get("lora.adapter")), "lora.adapter",
          f"{why}, but training would start from this one; merge it first (tune merge) and name the result in model.path"),
-        *[(bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, or choose a dpo.loss "
-           "without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "lora.new_tokens")],
+        *[(bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, or choose "
+           "a dpo.loss without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "lora.new_tokens")],
     ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Losses of preferences, as pure functions of log-probabilities or scores per sequence: no model, no batch, no mean.
 
-Symbols, of one pair or a vector (P,) of pairs: w the chosen answer, l the rejected one; log pi(y|x) the sum over the answer's tokens
-of their log-probabilities, |y| their number. A log-ratio is log pi(y|x) - log pi_ref(y|x), with pi_ref the model at the start.
-Every function returns one loss for each pair, in nats where it is a likelihood; the recipe sums them and divides by the
-pairs of the whole step. Only SimPO, ORPO and the SFT term take means over tokens, as their papers do.
+Symbols, of one pair or a vector (P,) of pairs: w the chosen answer, l the rejected one; log pi(y|x) the sum over the
+answer's tokens of their log-probabilities, |y| their number. A log-ratio is log pi(y|x) - log pi_ref(y|x), with pi_ref the
+model at the start. Every function returns one loss for each pair, in nats where it is a likelihood; the recipe sums them
+and divides by the pairs of the whole step. Only SimPO, ORPO and the SFT term take means over tokens, as their papers do.
 
 Left out: losses that compare pairs of a batch with each other (AOT), or need a judge's probabilities (SPPO, EXO).
 """
@@ -65,8 +65,8 @@ def figures(
 ) -> dict[str, Tensor]:
     """What people watch, summed over the pairs of a batch, without gradient; arguments as in `preference_loss`.
 
-    Rewards are beta times what the loss compares. accuracy: pairs whose chosen answer has the higher reward; a tie, as all pairs
-    are before the first step, counts half.
+    Rewards are beta times what the loss compares. accuracy: pairs whose chosen answer has the higher reward; a tie, as all
+    pairs are before the first step, counts half.
     """
     policy = policy.detach()
     rewards = options.beta * implicit_rewards(policy, reference, lengths, options.loss)
@@ -97,7 +97,8 @@ def implicit_rewards(policy: Tensor, reference: Tensor | None, lengths: Tensor, 
 
 
 def sigmoid(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO, eq. 7 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290: -log sigma(beta (chosen - rejected)), of log-ratios.
+    """DPO, eq. 7 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290: -log sigma(beta (chosen - rejected)), of
+    log-ratios.
 
     label_smoothing e: conservative DPO, -(1 - e) log sigma(m) - e log sigma(-m), for labels wrong with probability e
     (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
@@ -123,29 +124,29 @@ def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def hinge(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """RSO's hinge-norm, section 3 of Liu et al. 2023, https://arxiv.org/abs/2309.06657: max(0, 1 - beta (chosen - rejected)), of
-    log-ratios; SLiC (https://arxiv.org/abs/2305.10425) with a reference.
+    """RSO's hinge-norm, section 3 of Liu et al. 2023, https://arxiv.org/abs/2309.06657: max(0, 1 - beta (chosen -
+    rejected)), of log-ratios; SLiC (https://arxiv.org/abs/2305.10425) with a reference.
     """
     return F.relu(1 - beta * (chosen - rejected))
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """APO-zero, eq. 7 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266: -sigma(beta chosen) + sigma(beta rejected), of
-    log-ratios, plus 1 so that it is positive: for chosen answers better than the model's own.
+    """APO-zero, eq. 7 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266: -sigma(beta chosen) + sigma(beta
+    rejected), of log-ratios, plus 1 so that it is positive: for chosen answers better than the model's own.
     """
     return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
 
 
 def apo_down(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """APO-down, eq. 8 of the same paper: sigma(beta chosen) - sigma(beta (chosen - rejected)), of log-ratios, plus 1: for chosen
-    answers worse than the model's own.
+    """APO-down, eq. 8 of the same paper: sigma(beta chosen) - sigma(beta (chosen - rejected)), of log-ratios, plus 1: for
+    chosen answers worse than the model's own.
     """
     return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
 
 
 def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
-    """SimPO, eq. 6 of Meng et al. 2024, https://arxiv.org/abs/2405.14734: -log sigma(beta (chosen - rejected) - gamma), of log pi per
-    token.
+    """SimPO, eq. 6 of Meng et al. 2024, https://arxiv.org/abs/2405.14734: -log sigma(beta (chosen - rejected) - gamma), of
+    log pi per token.
     """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
@@ -169,7 +170,9 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def cpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """CPO, eqs. 3 to 5 of Xu et al. 2024, https://arxiv.org/abs/2401.08417, of log pi: -log sigma(beta (chosen - rejected)) - chosen."""
+    """CPO, eqs. 3 to 5 of Xu et al. 2024, https://arxiv.org/abs/2401.08417, of log pi: -log sigma(beta (chosen - rejected))
+    - chosen.
+    """
     return -F.logsigmoid(beta * (chosen - rejected)) - chosen
 
 
@@ -193,8 +196,8 @@ def kto(ratios: Tensor, desirable: Tensor, kl: Tensor, beta: float, weights: tup
 
 
 def verdict_sums(ratios: Tensor, desirable: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """What KTO logs, summed over answers, without gradient, (5,): how many are desirable, how many not, the rewards of either kind,
-    and how many are on their side of the baseline (on it counts half).
+    """What KTO logs, summed over answers, without gradient, (5,): how many are desirable, how many not, the rewards of
+    either kind, and how many are on their side of the baseline (on it counts half).
     """
     rewards, good = beta * ratios.detach(), desirable.float()
     right = ((rewards - beta * kl).sign() * (2 * good - 1) + 1) / 2

@@ -72,8 +72,9 @@ def _without_head(folder: Path) -> dict[str, str]:
 
 
 def _write_config(folder: Path, tokenizer: Tokenizer) -> None:
-    """config.json with the other architecture, one label, and an id to pad with that no answer ends in: transformers scores the last
-    token that is not padding."""
+    """config.json with the other architecture, one label, and an id to pad with that no answer ends in: transformers scores
+    the last token that is not padding.
+    """
     config = json.loads((folder / "config.json").read_bytes())
     config["architectures"] = [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")]
     config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}

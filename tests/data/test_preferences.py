@@ -87,7 +87,8 @@ def test_turns_before_the_answer_are_not_trained(tmp_path: Path) -> None:
     long = {"prompt": [Q, B, Q], "chosen": [A, Q, B], "rejected": [B]}
     assert texts(build(tmp_path, [long]))[1] == ["yes<|end|>no no<|end|>", "no no<|end|>"]
     assert texts(build(tmp_path, [long], train_on="last"))[1] == ["no no<|end|>", "no no<|end|>"]
-    assert texts(build(tmp_path, [PAIRS["text"] | {"system": "be kind"}]))[0][0].startswith("<|begin_of_text|><|start|>system\nbe kind")
+    led = texts(build(tmp_path, [PAIRS["text"] | {"system": "be kind"}]))[0]
+    assert all(text.startswith("<|begin_of_text|><|start|>system\nbe kind") for text in led)
 
 
 BAD = {

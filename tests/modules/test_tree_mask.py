@@ -127,7 +127,10 @@ def test_long_rows_take_flex_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -
     assert attention.flex_can_run.__wrapped__("cpu") is False
 
 
-@pytest.mark.parametrize("windows", [{}, {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}], ids=["full", "window"])
+WINDOW = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize("windows", [{}, WINDOW], ids=["full", "window"])
 def test_the_model_on_a_tree_is_the_model_on_each_branch(tmp_path: Path, windows: dict) -> None:
     """Every token's hidden state, and the gradients, as if each path stood alone in a row."""
     make_base(tmp_path, "qwen2", **windows)

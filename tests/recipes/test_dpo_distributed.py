@@ -152,7 +152,7 @@ def test_what_does_not_go_together_is_refused(small_model: Path, pair_data: Path
         options(small_model, pair_data, tmp_path, *given.split())
 
 
-def test_an_adapter_to_train_further_is_no_reference(small_model: Path, pair_data: Path, straight: Path, tmp_path: Path) -> None:
+def test_an_adapter_to_train_further_is_no_reference(small_model: Path, pair_data: Path, straight: Path) -> None:
     values = [f"model.path={small_model}", f"data.train={pair_data}", f"lora.adapter={straight / 'adapter'}"]
     with pytest.raises(ConfigError, match=r"merge it first \(tune merge\)"):
         parse(recipe.Config, values)

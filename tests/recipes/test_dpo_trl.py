@@ -49,7 +49,8 @@ def trl_losses(cfg: recipe.Config, rows: list[dict], out: Path) -> list[float]:
     from trl import DPOConfig, DPOTrainer
 
     model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=cfg.lora.rank, lora_alpha=cfg.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+    shape = {"r": cfg.lora.rank, "lora_alpha": cfg.lora.alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model, LoraConfig(**shape))
     with torch.no_grad():
         for name, tensor in adapter_tensors(start(cfg)).items():
             model.get_parameter(f"base_model.model.{name.removesuffix('.weight')}.default.weight").copy_(tensor)
@@ -58,7 +59,8 @@ def trl_losses(cfg: recipe.Config, rows: list[dict], out: Path) -> list[float]:
     args = DPOConfig(
         output_dir=str(out), per_device_train_batch_size=PAIRS, max_steps=STEPS, learning_rate=cfg.optim.lr, logging_steps=1,
         lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, beta=cfg.dpo.beta, seed=0,
-        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
+        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        max_length=None,
         optim="adamw_torch", adam_epsilon=cfg.optim.eps, dataloader_num_workers=0, train_sampling_strategy="sequential",
     )  # fmt: skip
     trainer = DPOTrainer(model, args=args, train_dataset=HubDataset.from_list(rows), processing_class=tokenizer)
@@ -67,11 +69,12 @@ def trl_losses(cfg: recipe.Config, rows: list[dict], out: Path) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_thirty_steps_are_trls_and_pefts(small_model: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thirty_steps_are_trls_and_pefts(
+    small_model: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hide_cuda(monkeypatch)
-    more = (f"run.max_steps={STEPS}", f"run.global_batch_size={PAIRS}", "run.epochs=9", "optim.lr=0.004", "optim.schedule=constant")
-    # Packed in ours, padded in TRL's
-    more += ("optim.warmup_steps=0", "data.valid_fraction=0", "run.eval_every=0", "run.micro_batch_size=4")
+    more = (f"run.max_steps={STEPS}", f"run.global_batch_size={PAIRS}", "run.micro_batch_size=4", "run.epochs=9")
+    more += ("optim.lr=0.004", "optim.schedule=constant", "optim.warmup_steps=0", "data.valid_fraction=0", "run.eval_every=0")
     cfg = options(small_model, pair_data, tmp_path / "ours", *more)
     assert run_processes(1, lambda _: recipe.main(cfg), tmp_path / "ours") == [0], problems(tmp_path / "ours")
     ours = [record for record in log_records(tmp_path / "ours") if "loss" in record]
@@ -101,9 +104,11 @@ def trl_logps(model: torch.nn.Module, dataset: Dataset, sample: int, pad: tuple[
     for tokens, targets in zip(ids, trained, strict=True):
         row = torch.tensor([[0] * pad[0] + tokens + [0] * pad[1]])
         mask = torch.tensor([[0] * pad[0] + [1] * len(tokens) + [0] * pad[1]])
-        labels = torch.tensor([[-100] * pad[0] + [t if on else -100 for t, on in zip(tokens, targets, strict=True)] + [-100] * pad[1]])
+        answer = [token if on else -100 for token, on in zip(tokens, targets, strict=True)]
+        labels = torch.tensor([[-100] * pad[0] + answer + [-100] * pad[1]])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = model(input_ids=row, attention_mask=mask, position_ids=positions, labels=labels, fused_lm_head=True, use_cache=False)
+        where = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        out = model(input_ids=row, **where, labels=labels, fused_lm_head=True)
         found.append(out.log_probs.sum().item())
     return found
 
@@ -122,7 +127,7 @@ def test_answers_have_trls_log_probabilities(small_model: Path, pair_data: Path,
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    cfg = options(small_model, pair_data, tmp_path, "data.valid_fraction=0", "run.eval_every=0", "data.packing=true", "data.max_seq_len=300")
+    cfg = options(small_model, pair_data, tmp_path, "data.valid_fraction=0", "run.eval_every=0", "data.max_seq_len=300")
     train, _ = datasets(cfg)
     model = start(cfg).eval()
     hf = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
@@ -132,7 +137,8 @@ def test_answers_have_trls_log_probabilities(small_model: Path, pair_data: Path,
     orders = [[[0, 1, 2], [3, 4, 5]], [[5, 3], [1], [4, 0, 2]], [[sample] for sample in samples]]
     for rows in orders:
         for packing in (True, False) if len(rows) == 6 else (True,):
-            batch = make_batch(train, [torch.tensor(row).numpy() for row in rows], num_rows=len(rows) + 1, max_seq_len=300, packing=packing)
+            members = [torch.tensor(row).numpy() for row in rows]
+            batch = make_batch(train, members, num_rows=len(rows) + 1, max_seq_len=300, packing=packing)
             got = answer_logps(model, batch)
             order = [sample for row in rows for sample in row]
             assert (got - expected[order]).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())

@@ -4,8 +4,8 @@
     example = to_example(rows[0], layout)
 
 Formats: instruct (alpaca and other column pairs), messages (OpenAI), sharegpt (conversations) and text; which one a
-source has is told by layout.py; pairs and verdicts are read in preferences.py. Nothing is guessed inside a row: what does not fit is a `BadRow`, whose reason the row
-is counted under.
+source has is told by layout.py; pairs and verdicts are read in preferences.py. Nothing is guessed inside a row: what does
+not fit is a `BadRow`, whose reason the row is counted under.
 """
 
 import math
@@ -41,7 +41,7 @@ class Example:
     text: str | None
     where: str  # file:line
     num_prompt: int = 0  # of the messages, those before the answer that a pair or a verdict is about
-    rejected: list[dict[str, Any]] | None = None  # of a pair: the worse conversation, with the same prompt; messages has the better
+    rejected: list[dict[str, Any]] | None = None  # of a pair: the worse conversation; messages has the better
     desirable: bool | None = None  # of a verdict
 
 

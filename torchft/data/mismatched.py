@@ -17,11 +17,11 @@ from torchft.errors import UserError
 def mismatched(dataset: Dataset, samples: np.ndarray, max_seq_len: int) -> Dataset:
     """One sample for each of `samples` (n,): its prompt, and the answer of the one before it, the last one for the first.
 
-    An answer is cut at max_seq_len. One that would meet its own prompt, because a step has one sample or has it twice, is replaced
-    by the answer of the sample that follows in the data. Raises: UserError if there is no other.
+    An answer is cut at max_seq_len. One that would meet its own prompt, because a step has one sample or has it twice, is
+    replaced by the answer of the sample that follows in the data. Raises: UserError if there is no other.
     """
     if len(dataset) < 2:
-        raise UserError(f"{dataset.key}: KTO needs two rows or more: its baseline pairs a prompt with the answer to another one")
+        raise UserError(f"{dataset.key}: KTO needs two rows or more, to pair a prompt with the answer to another one")
     ids, supervised = [], []
     for sample, other in zip(samples, np.roll(samples, 1), strict=True):
         other = (sample + 1) % len(dataset) if other == sample else other

@@ -3,9 +3,9 @@
     example = read_preference(row, layout)      # messages = prompt + chosen, rejected = prompt + rejected, num_prompt
     samples, notes = preference_samples(example, "pairs", cfg.data, tokenizer, template)
 
-Shapes of a prompt: text, messages, a ShareGPT conversation, or none where chosen and rejected are whole conversations that begin
-alike. Of an answer: text, one turn, or several. Both conversations are rendered and masked as for SFT, and only the answer is
-trained. A pair is one sample of three parts,
+Shapes of a prompt: text, messages, a ShareGPT conversation, or none where chosen and rejected are whole conversations that
+begin alike. Of an answer: text, one turn, or several. Both conversations are rendered and masked as for SFT, and only the
+answer is trained. A pair is one sample of three parts,
 
     trunk      the tokens that both begin with, up to the last but one before an answer
     chosen     the prompt's last token, and the answer
@@ -187,7 +187,8 @@ def _join(chosen: Tokenized, rejected: Tokenized, data_cfg: DataConfig) -> Sampl
         room = limit - trunk
         longest = max(room - min(sides), room // 2)
         sides = [max(0, min(side, longest)) for side in sides]
-    parts = [(done.ids[trunk : trunk + n], done.trained[trunk : trunk + n]) for done, n in zip((chosen, rejected), sides, strict=True)]
+    cuts = [(done, slice(trunk, trunk + side)) for done, side in zip((chosen, rejected), sides, strict=True)]
+    parts = [(done.ids[cut], done.trained[cut]) for done, cut in cuts]
     if not all(any(trained) for _, trained in parts):
         raise BadRow(f"no answer left within data.max_seq_len={limit}", f"{length:,} tokens", length)
     if parts[0][0] == parts[1][0]:
