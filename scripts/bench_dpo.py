@@ -1,11 +1,11 @@
 """The DPO cases of scripts/bench_recipe.py: their inputs, the recipe's run, and TRL's on the very same token ids.
 
-    python scripts/bench_dpo.py --dry-run dpo_1b_bf16_1024x4_noac      # both, tiny and on whatever device there is; records nothing
+    python scripts/bench_dpo.py --dry-run dpo_1b_bf16_1024x4_noac      # both, tiny, on any device; records nothing
 
-dpo_1b_bf16_1024x4_<noac|ac>: 4 pairs a step, each a prompt of 512 tokens and two answers of 512. dpo_1b_bf16_ragged: the pairs of
-../shared/data/preference/dpo_en_demo.json with the real Llama 3 tokenizer, 4 a step in TRL, rows of 8,192 tokens here. Tokens are
-counted alike on both sides: those of prompt + chosen and of prompt + rejected, without padding. The recipe computes fewer, since it
-holds a prompt once; its own tokens/s, which counts those, is scaled by that ratio over the data.
+dpo_1b_bf16_1024x4_<noac|ac>: 4 pairs a step, each a prompt of 512 tokens and two answers of 512. dpo_1b_bf16_ragged: the
+pairs of ../shared/data/preference/dpo_en_demo.json with the real Llama 3 tokenizer, 4 a step in TRL, rows of 8,192 tokens
+here. Tokens are counted alike on both sides: those of prompt + chosen and of prompt + rejected, without padding. The recipe
+computes fewer, since it holds a prompt once; its own tokens/s, which counts those, is scaled by that ratio over the data.
 """
 
 import argparse
@@ -89,10 +89,12 @@ def prepare(folder: Path, case: str, steps: int, dry_run: bool) -> dict:
         ids = dataset.ids[start : start + length].tolist()
         sides = ids[: trunk + chosen], ids[:trunk] + ids[trunk + chosen :]
         # a branch begins with the prompt's last token
-        rows.append({"prompt_ids": ids[: trunk + 1], "chosen_ids": sides[0][trunk + 1 :], "rejected_ids": sides[1][trunk + 1 :]})
+        answers = {f"{name}_ids": side[trunk + 1 :] for name, side in zip(("chosen", "rejected"), sides, strict=True)}
+        rows.append({"prompt_ids": ids[: trunk + 1]} | answers)
     if "ragged" not in case:
         lengths = {len(row["prompt_ids"]) + len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")}
-        assert lengths == {(PROMPT + ANSWER) // shrink} and {len(row["prompt_ids"]) for row in rows} == {PROMPT // shrink}, lengths
+        prompts = {len(row["prompt_ids"]) for row in rows}
+        assert (lengths, prompts) == ({(PROMPT + ANSWER) // shrink}, {PROMPT // shrink}), (lengths, prompts)
     (folder / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     apart = int((dataset.lengths + dataset.parts[:, 0]).sum())  # the prompt, or nearly all of it, once more
     options = {"data.train": data, "data.max_seq_len": limit, "data.max_bad_rows": 1.0, "run.global_batch_size": 1}
