@@ -18,6 +18,7 @@ from torchft.models import (
     qwen3,
     smollm3,
 )
+from torchft.modules.score import RewardModel
 from torchft.modules.transformer import CausalLM, TransformerConfig
 
 FAMILIES = {  # `architectures` in config.json -> the family's file
@@ -90,3 +91,8 @@ def _unknown(architecture: str) -> ValueError:
 def build_model(hf_config: dict[str, Any]) -> CausalLM:
     """The model of a config.json, without weights: call it under `torch.device("meta")`, then stream them in."""
     return CausalLM(model_config(hf_config))
+
+
+def build_reward_model(hf_config: dict[str, Any]) -> RewardModel:
+    """The same with a score on top."""
+    return RewardModel(model_config(hf_config))

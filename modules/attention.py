@@ -158,7 +158,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 @functools.cache
-def _flex_can_run(device_type: str) -> bool:
+def flex_can_run(device_type: str) -> bool:
     """FlexAttention is for CUDA, and there must be compiled: its uncompiled form holds all T x T scores."""
     if device_type != "cuda":
         return False
@@ -192,7 +192,7 @@ def build_mask(
     if documents is None and window is None and square and not softcapped:
         return None
     # Within one block there is nothing to skip, and FlexAttention has no kernel for some lengths so short.
-    if square and not cached and num_keys > FLEX_BLOCK and _flex_can_run(ids.device.type):
+    if square and not cached and num_keys > FLEX_BLOCK and flex_can_run(ids.device.type):
         return block_mask(torch.zeros_like(ids) if documents is None else documents, window)
     return dense_mask(ids.shape[1], num_keys, window, documents, ids.device)
 
@@ -241,11 +241,11 @@ def block_mask(documents: Tensor, window: int | None) -> BlockMask:
         return allowed if window is None else allowed & (k > q - window)
 
     return BlockMask.from_kv_blocks(
-        *_block_lists(partial), *_block_lists(full), FLEX_BLOCK, visible, seq_lengths=(num_tokens, num_tokens)
+        *block_lists(partial), *block_lists(full), FLEX_BLOCK, visible, seq_lengths=(num_tokens, num_tokens)
     )
 
 
-def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N, N) bool -> per row of blocks: how many (B, 1, N), and their column indices first in (B, 1, N, N) int32."""
     counts = chosen.sum(-1, dtype=torch.int32)
     indices = chosen.int().argsort(dim=-1, descending=True, stable=True).int()

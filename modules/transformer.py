@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torchft.modules.attention import LayerCache, build_mask
 from torchft.modules.block import BLOCKS
 from torchft.modules.checkpointing import Checkpointing
-from torchft.modules.loss import linear_cross_entropy, soft_cap
+from torchft.modules.loss import linear_cross_entropy, linear_logprobs, soft_cap
 from torchft.modules.norm import build_norm
 from torchft.modules.rope import RopeConfig, rope_tables
+from torchft.modules.tree_mask import build_tree_mask
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,12 @@ class Decoder(nn.Module):
         self.norm = build_norm(config, config.hidden_size)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        cache: KVCache | None,
+        branches: Tensor | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, D); arguments as in CausalLM.forward."""
         num_tokens, device = input_ids.shape[1], input_ids.device
@@ -116,10 +122,14 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + num_tokens, device=device)[None]
         tables = {rope: rope_tables(rope, positions, more) for rope in dict.fromkeys(self.ropes)}  # (B or 1, T, R/2) twice
-        options = {"cached": cache is not None, "softcapped": self.softcapped}
-        masks = {
-            window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
-        }
+        if branches is not None:
+            assert documents is not None and cache is None, "a tree of branches is trained, and never generated from"
+            masks = {window: build_tree_mask(documents, branches, positions, window) for window in set(self.windows)}
+        else:
+            options = {"cached": cache is not None, "softcapped": self.softcapped}
+            masks = {
+                window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
+            }
         # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
         h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)
         if self.multiplier != 1.0:
@@ -132,7 +142,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder with its head: logits, or with labels the summed loss."""
+    """The decoder with its head: logits, or with labels the summed loss or each token's log-probability."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -140,6 +150,7 @@ class CausalLM(nn.Module):
         cap = config.final_logit_softcapping
         # Swapped by torchft.fuse where there is no cap.
         self.head_loss = linear_cross_entropy if cap is None else partial(linear_cross_entropy, softcap=cap)
+        self.head_logprobs = linear_logprobs if cap is None else partial(linear_logprobs, softcap=cap)
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -151,7 +162,9 @@ class CausalLM(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        branches: Tensor | None = None,
         labels: Tensor | None = None,
+        per_token: bool = False,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -161,11 +174,16 @@ class CausalLM(nn.Module):
         documents (B, T) int: tokens attend within equal ids only; None = every row is one document without padding.
         labels (B, T) int, ALREADY SHIFTED: labels[b, t] is what position t should predict; -100 = not supervised. The
             loss is taken here, inside forward, because that is where FSDP2 has gathered the head's weight.
+        branches (B, T) int: a document is a trunk, 0, and answers to it, 1 and up, that do not see each other.
+        per_token: instead of the sum, the log-probability of each label, (B, T) fp32, 0 where none is supervised.
         cache: the tokens follow those already in it. last_only: logits of the last position alone, (B, 1, V).
         """
-        h = self.model(input_ids, positions, documents, cache)  # (B, T, D)
+        h = self.model(input_ids, positions, documents, cache, branches)  # (B, T, D)
         if self.config.logits_scaling != 1.0:
             h = h / self.config.logits_scaling  # as if the logits were divided, which nobody holds
+        if per_token:
+            logprobs = self.head_logprobs(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            return logprobs.view(labels.shape).clone()  # FSDP2 hooks what leaves here, and warns of views
         if labels is not None:
             return self.head_loss(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
         logits = self.lm_head(h[:, -1:] if last_only else h)

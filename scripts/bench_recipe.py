@@ -2,13 +2,14 @@
 
     python scripts/bench_recipe.py --list
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --baseline hf_peft --baseline plain
+    python scripts/bench_recipe.py --case dpo_1b_bf16_1024x4_noac --baseline trl_dpo
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
 
 Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
 measured: median tokens/s, its spread, and the peak of allocated memory over the whole run. Baselines run in the same call on the
 same GPU: hf_peft (transformers + peft), and plain, the best of the recipe without kernels over {eager, compile} x {flash,
-cuDNN attention}; all four are in the record. Leaves out: loading weights from files, and any claim about quality.
+cuDNN attention}; all four are in the record. The cases of DPO are in bench_dpo.py. Leaves out: loading weights from files, and any claim about quality.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import bench_dpo
 
 REPO = Path(__file__).resolve().parent.parent
 WARMUP_STEPS, MEASURED_STEPS = 5, 10
@@ -59,7 +62,7 @@ CASES = [
     for method, dtype in (("lora", "bf16"), ("lora", "fp8"), ("qlora", "nf4"))
     for shape in ("2048x4", "8192x1", "2048x1")
     for ac in ("noac", "ac")
-]
+] + bench_dpo.CASES
 
 
 def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
@@ -90,6 +93,8 @@ def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
 
 def run_recipe(case: str, timeout_s: int, gpus: int, options: list[str]) -> dict:
     """Run one case through the recipe and reduce its log to the figures of a record; `gpus`: of the distributed one."""
+    if case in bench_dpo.CASES:
+        return reduce_log(bench_dpo.run_recipe(case, WARMUP_STEPS + MEASURED_STEPS, timeout_s, options, dry_run=False))
     recipe = [f"--nproc_per_node={gpus}", "lora_distributed"] if gpus else ["lora_single_device"]
     return measure(["-m", "torchft", "run", *recipe], case, timeout_s, max(1, gpus), options)
 
@@ -148,6 +153,8 @@ def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str]
     """Run scripts/baselines/<name>.py on the case's shapes; it prints one JSON object as its last line."""
     if name == "plain":
         return run_plain(case, timeout_s, configurations)
+    if name == "trl_dpo":
+        return bench_dpo.run_trl(case, WARMUP_STEPS + MEASURED_STEPS, timeout_s, dry_run=False)
     config, overrides = case_overrides(case)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -182,7 +189,7 @@ def main() -> None:
         "--gpus", type=int, default=0, help="lora_distributed on so many GPUs, the batch times that; 0: lora_single_device"
     )
     parser.add_argument("--option", action="append", default=[], help="one more of the recipe's, such as model.shard=all")
-    parser.add_argument("--baseline", action="append", default=[], help="hf_peft or plain; may be repeated")
+    parser.add_argument("--baseline", action="append", default=[], help="hf_peft or plain, of DPO cases trl_dpo; may be repeated")
     parser.add_argument(
         "--plain", action="append", choices=PLAIN, help="a configuration of the baseline plain; may be repeated; without it all four"
     )
@@ -193,6 +200,10 @@ def main() -> None:
     if args.list:
         print("\n".join(CASES))
         return
+    if any((case in bench_dpo.CASES) != (name == "trl_dpo") for case in args.case for name in args.baseline):
+        raise SystemExit("error: the baseline of DPO cases is trl_dpo, and only theirs")
+    if args.gpus and set(args.case) & set(bench_dpo.CASES):
+        raise SystemExit("error: DPO cases are measured on one GPU: leave out --gpus")
     if unknown := sorted(set(args.case) - set(CASES)):
         raise SystemExit(f"error: no case {', '.join(unknown)}; --list prints those there are")
     for case in args.case:

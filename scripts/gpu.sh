@@ -12,6 +12,7 @@ CUDA_VISIBLE_DEVICES="" python3 -m pytest -q -n "${TEST_WORKERS:-8}" -p no:cache
 for case in "$@"; do
   baseline=()
   [[ $case == lora_* ]] && baseline=(--baseline hf_peft)
+  [[ $case == dpo_* ]] && baseline=(--baseline trl_dpo)
   python3 scripts/bench_recipe.py --case "$case" "${baseline[@]}" --timeout "${CASE_TIMEOUT:-120}" --records "$out/records.jsonl" 2>&1 |
     tee "$out/$case.log" | tail -n 1
 done

@@ -177,3 +177,21 @@ def skill_row(share: str, seed: str, index: int) -> dict[str, list[dict[str, str
 
 def skill_rows(share: str, seed: str, count: int) -> Iterator[dict[str, list[dict[str, str]]]]:
     return (skill_row(share, seed, index) for index in range(count))
+
+
+# The demo of preferences: a sale told again in other words, where both tellings are right and the buyer's side is preferred.
+BUYER_FORMS = tuple(SALE_FORMS[index] for index in (1, 2, 6, 9, 11))
+SELLER_FORMS = tuple(SALE_FORMS[index] for index in (0, 4, 5, 7, 10))
+REPHRASE_REQUEST = "Say this in other words.\n{sale}"
+
+
+def preference_row(share: str, seed: str, index: int) -> dict[str, str]:
+    """Row `index` of the preference set: prompt, chosen, rejected as text; `share` is "train" or "valid"."""
+    rng = random.Random(f"{seed}/{share}/{index}")
+    world = WORLDS[share]
+    sale = sales(rng, world, 1)[0]
+    chosen, rejected = rng.choice(BUYER_FORMS), rng.choice(SELLER_FORMS)
+    told = rng.choice([form for form in SALE_FORMS if form not in (chosen, rejected)])
+    fields = vars(sale)
+    prompt = REPHRASE_REQUEST.format(sale=tell(rng, sale, world, told))
+    return {"prompt": prompt, "chosen": chosen.format(**fields), "rejected": rejected.format(**fields)}

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig
+from torchft.config import (
+    DataConfig,
+    KtoOptions,
+    LoraOptions,
+    ModelConfig,
+    OptimConfig,
+    PreferenceOptions,
+    RewardOptions,
+    RunConfig,
+)
 from torchft.errors import ConfigError
 from torchft.options import list_options
 from torchft.parse import read_config
@@ -23,6 +32,15 @@ class Config:
     beta: float = 0.1  # of a loss of its own
 
 
+@dataclass
+class PreferenceConfig(Config):
+    """With the groups that recipes of preferences have of their own; each recipe has one of them."""
+
+    dpo: PreferenceOptions = field(default_factory=PreferenceOptions)
+    kto: KtoOptions = field(default_factory=KtoOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
+
+
 NAMES = [option.name for option in list_options(Config)]
 NEEDED = ["model.path=m", "data.train=a.jsonl"]  # without them every config is refused
 
@@ -31,7 +49,8 @@ def read(yaml: str, tmp_path: Path, *overrides: str) -> Config:
     """The config of a YAML text and overrides; files that it names need not exist."""
     file = tmp_path / "c.yaml"
     file.write_text(yaml, encoding="utf-8")
-    return read_config(Config, str(file), list(overrides), paths=False)
+    own = any(text.startswith(("dpo.", "kto.", "reward.")) for text in overrides)
+    return read_config(PreferenceConfig if own else Config, str(file), list(overrides), paths=False)
 
 
 def refused(yaml: str, tmp_path: Path, *overrides: str) -> str:

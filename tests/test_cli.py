@@ -121,6 +121,7 @@ def test_cp_and_cat_of_a_name_that_is_neither_recipe_nor_config(capsys, tmp_path
         ("qwen2_5/1.5B_lora_single_device", "qwen2_5/1.5B_lora"),
         ("qwen3/0.6B_lora", "qwen3/0.6B_lora"),
         ("mistral/7B_lora_single_device", "mistral/7B_lora"),
+        ("llama3_1/8B_lora_dpo_single_device", "llama3_1/8B_dpo"),
     ],
 )
 def test_torchtunes_config_names(old, ours):
@@ -132,7 +133,9 @@ def test_torchtunes_recipe_names():
     for name, target in (
         ("lora_finetune_distributed", "lora_distributed"),
         ("full_finetune_single_device", "full_finetune_distributed"),
-        ("full_dpo_distributed", "dpo_distributed"),
+        ("lora_dpo_single_device", "dpo_distributed"),
+        ("lora_dpo_distributed", "dpo_distributed"),
+        ("full_dpo_distributed", "dpo_distributed with all weights trained"),
     ):
         if target in recipe_names():
             assert find_recipe(name) == RECIPES / f"{target}.py"

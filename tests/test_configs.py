@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from some_config import Config
+from some_config import Config, PreferenceConfig
 
 from torchft.config import ASSETS
 from torchft.dry_run import GIB, TRAINED_BYTES, frozen_bytes
@@ -46,8 +46,16 @@ SIZED = [f"{family}/{size}" for family, sizes in ROWS.items() for size in sizes]
 WHOLE = [name for name in config_names() if name.endswith("_full")]  # of the sizes whose weights people train all
 
 
+PREFERENCES = {  # method -> the configs that have it
+    "dpo": "llama3_1/8B llama3_2/1B llama3_2/3B mistral/7B qwen2_5/0.5B qwen2_5/7B qwen3/0.6B qwen3/8B tiny/",
+    "kto": "llama3_1/8B qwen3/0.6B tiny/",
+    "reward": "llama3_1/8B qwen3/0.6B tiny/",
+}
+OF_PREFERENCES = {f"{name}_{method}".replace("/_", "/") for method, names in PREFERENCES.items() for name in names.split()}
+
+
 def options(name: str) -> Config:
-    return read_options(Config, name, [], paths=False)
+    return read_options(PreferenceConfig if name in OF_PREFERENCES else Config, name, [], paths=False)
 
 
 def header(name: str) -> list[str]:
@@ -61,7 +69,7 @@ def test_both_methods_of_every_size_are_there():
         "tiny/qlora",
         "tiny/full",
         "llama3_1/8B_lora_fp8",
-    }
+    } | OF_PREFERENCES
     assert {"llama3_1/8B_full", "llama3_1/70B_full", "qwen3/8B_full"} <= set(WHOLE)
     assert {name.removesuffix("_full") for name in WHOLE} <= set(SIZED)
 
@@ -70,7 +78,7 @@ def test_both_methods_of_every_size_are_there():
 def test_a_config_is_short_and_holds_only_differences(name):
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 35
-    defaults, values = flatten(Config()), flatten(options(name))
+    defaults, values = flatten(PreferenceConfig()), flatten(options(name))
     groups = yaml.safe_load(text)
     given = [f"{group}.{leaf}" for group, leaves in groups.items() for leaf in leaves]
     assert [key for key in given if values[key] == defaults[key]] == []
@@ -129,12 +137,19 @@ def test_a_config_for_all_weights_says_what_they_take(name):
     assert cfg.data.max_seq_len <= row["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("name", ["tiny/lora", "tiny/qlora"])
+@pytest.mark.parametrize("name", OF_PREFERENCES - {f"tiny/{method}" for method in PREFERENCES})
+def test_a_config_of_preferences_is_that_of_its_size_but_for_the_data(name):
+    ours, theirs = options(name), options(f"{name.rpartition('_')[0]}_lora")
+    assert ours.model == theirs.model and ours.lora == theirs.lora
+    assert said_gib(name) == said_gib(f"{name.rpartition('_')[0]}_lora")
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("tiny/")])
 def test_the_tiny_configs_use_what_is_shipped(name):
     cfg = options(name)
     assert cfg.model.path == "builtin:tiny_llama"
     for source in [*cfg.data.train, *cfg.data.valid]:
-        assert source.path.startswith("builtin:tiny_sft/")
+        assert source.path.startswith("builtin:tiny_dpo/" if name in OF_PREFERENCES else "builtin:tiny_sft/")
     with torch.device("meta"):
         model = build_model(read_config(ASSETS / "tiny_llama"))
     add_lora(model, LoraSpec(cfg.lora.rank, cfg.lora.alpha))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from some_config import NAMES
 
-from torchft.config import SourceConfig
+from torchft.config import KtoOptions, PreferenceOptions, RewardOptions, SourceConfig
 from torchft.names import RECIPES, recipe_names
 from torchft.options import list_options
 
@@ -169,6 +169,12 @@ run: out seed epochs max_steps global_batch_size micro_batch_size log_every eval
 run: resume sample_rows exact_match_rows max_new_tokens deterministic trackers profile_steps
 source: path weight split format columns
 """
+OWN = {  # of one recipe each: they do not count to the sixty
+    "dpo_distributed": "dpo: loss beta label_smoothing gamma sft_weight",
+    "kto_distributed": "kto: beta desirable_weight undesirable_weight",
+    "reward_distributed": "reward: center_weight",
+}
+GROUPS = {"dpo": PreferenceOptions, "kto": KtoOptions, "reward": RewardOptions}
 
 
 def test_the_options_are_these_and_no_others():
@@ -179,6 +185,16 @@ def test_the_options_are_these_and_no_others():
     have = {name for name in NAMES if "." in name} | {f"source.{option.name}" for option in list_options(SourceConfig)}
     assert have == listed
     assert len(listed) <= 60
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipes_own_options_are_few_and_in_a_group_of_their_own(recipe):
+    shared = {"model", "lora", "data", "optim", "run"}
+    own = {name: kind for name, kind in own_fields(recipe).items() if name not in shared}
+    group, _, names = OWN.get(recipe, ": ").partition(": ")
+    assert own == ({group: GROUPS[group].__name__} if group else {})
+    assert [option.name for option in list_options(GROUPS[group])] == names.split() if group else not names
+    assert len(names.split()) <= 8
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

@@ -23,11 +23,12 @@ CHOICES = {
     "data.truncation": ("drop", "right"),
     "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
     "optim.schedule": ("constant", "linear", "cosine"),
+    "dpo.loss": ("sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "cpo"),
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy")  # lora: the folded products of torchft/fuse.py
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
-SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text")
+SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
 
 # Both ends are accepted. The upper ends are far beyond use: they catch a slipped decimal point and unit mix-ups.
 RANGES = {
@@ -56,6 +57,14 @@ RANGES = {
     "run.exact_match_rows": (0, 10**6),
     "run.max_new_tokens": (1, 10**6),
     "run.profile_steps": (0, 1000),
+    "dpo.beta": (1e-6, 1e3),
+    "dpo.label_smoothing": (0.0, 0.49),
+    "dpo.gamma": (0.0, 1e3),
+    "dpo.sft_weight": (0.0, 1e3),
+    "kto.beta": (1e-6, 1e3),
+    "kto.desirable_weight": (1e-6, 1e6),
+    "kto.undesirable_weight": (1e-6, 1e6),
+    "reward.center_weight": (0.0, 1e3),
 }
 
 Problems = list[tuple[str, str]]  # (option, what is wrong with it and what to do)
@@ -204,6 +213,7 @@ def check_pairs(values: dict[str, Any]) -> Problems:
           for key, default in LORA_DEFAULTS.items()],
         (bool(clashing), "lora.modules_to_save",
          f"and lora.target_modules both name {', '.join(clashing)}; keep one of them"),
+        *_preference_rules(values),
     ]  # fmt: skip
     return [(key, message) for broken, key, message in rules if broken]
 
@@ -223,6 +233,37 @@ def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         "lora.rank": ("lora.rank" in values, "adapters' gradients are small; set optim.in_backward=false"),
     }  # fmt: skip
     return [(broken, "optim.in_backward", f"and {key} cannot go together: {why}") for key, (broken, why) in clashes.items()]
+
+
+def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """For recipes that learn from preferences: what a loss does not use, and what leaves it without a reference."""
+    loss, kto = values.get("dpo.loss", ""), "kto.beta" in values
+    return [
+        *(_reference_rules(values) if kto or loss not in ("", "simpo", "orpo", "cpo") else []),
+        (bool(loss or kto) and values.get("lora.dropout", 0.0) > 0.0, "lora.dropout",
+         "must be 0: policy and reference are compared without dropout, so that the loss starts where it should"),
+        (loss not in ("", "sigmoid", "robust") and values["dpo.label_smoothing"] > 0.0, "dpo.label_smoothing",
+         f"has no effect on dpo.loss={loss}; use sigmoid or robust, or remove it"),
+        (loss not in ("", "simpo") and values["dpo.gamma"] > 0.0, "dpo.gamma",
+         f"has no effect on dpo.loss={loss}; use simpo, or remove it"),
+        (loss in ("orpo", "cpo") and values["dpo.sft_weight"] > 0.0, "dpo.sft_weight",
+         f"would be a second term of its kind: dpo.loss={loss} has one; remove it"),
+        *[("reward.center_weight" in values and bool(values.get(key)), key, "has no use in a reward model; remove it")
+          for key in ("lora.modules_to_save", "lora.new_tokens", "run.exact_match_rows")],
+        (kto and values.get("run.global_batch_size", 2) < 2 and not values.get("data.packing", True),
+         "run.global_batch_size", "must be 2 or more: KTO pairs each prompt with the answer to another one of the step"),
+    ]  # fmt: skip
+
+
+def _reference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """The base model with its adapters off is the model at the start, unless something else was or will be changed."""
+    why = "the reference is the base model with its adapters off"
+    return [
+        (bool(values.get("lora.adapter")), "lora.adapter",
+         f"{why}, but training would start from this one; merge it first (tune merge) and name the result in model.path"),
+        *[(bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, or choose "
+           "a dpo.loss without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "lora.new_tokens")],
+    ]  # fmt: skip
 
 
 def check_paths(values: dict[str, Any]) -> Problems:

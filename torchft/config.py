@@ -47,7 +47,7 @@ class SourceConfig:
     path: str = ""  # local .json .jsonl .csv .parquet, builtin:..., or a hub dataset's name
     weight: float = 1.0  # how often each row is used per epoch: 2.0 = twice, 0.5 = a random half
     split: str = "train"  # of a hub dataset
-    format: str = "auto"  # auto | instruct | messages | sharegpt | text
+    format: str = "auto"  # auto | instruct | messages | sharegpt | text | preference | kto
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the file's, e.g. {instruction: question}
 
 
@@ -104,6 +104,33 @@ class RunConfig:
     deterministic: bool = False  # torch.use_deterministic_algorithms: bit-exact resume on GPU, slower
     trackers: list[str] = field(default_factory=list)  # beside the log: tensorboard, "wandb:PROJECT"
     profile_steps: int = 0  # torch profiler over this many steps, after two of which CUDA's allocations are recorded
+
+
+@dataclass
+class PreferenceOptions:
+    """What is learned from a pair of answers: of dpo_distributed alone. Formulas: torchft/losses.py."""
+
+    loss: str = "sigmoid"  # sigmoid (DPO) | robust | ipo | hinge | apo_zero | apo_down; without a reference: simpo | orpo | cpo
+    beta: float = 0.1  # per nat: how strongly the reference holds; tau in IPO, lambda in ORPO
+    label_smoothing: float = 0.0  # share of labels taken to be wrong, with sigmoid and robust
+    gamma: float = 0.0  # the margin that SimPO asks for, in units of the reward
+    sft_weight: float = 0.0  # of the chosen answer's cross entropy per token, added to the loss
+
+
+@dataclass
+class KtoOptions:
+    """What is learned from single answers that are good or bad: of kto_distributed alone."""
+
+    beta: float = 0.1  # per nat: how strongly the reference holds
+    desirable_weight: float = 1.0  # lambda_D; the paper wants lambda_D n_D / (lambda_U n_U) within 1 to 3/2
+    undesirable_weight: float = 1.0  # lambda_U
+
+
+@dataclass
+class RewardOptions:
+    """What a reward model learns from pairs: of reward_distributed alone."""
+
+    center_weight: float = 0.0  # of (chosen + rejected)^2, which holds the scores near zero; 0.01 is usual
 
 
 ASSETS = Path(__file__).resolve().parent / "assets"

@@ -12,10 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchft.checks import counted
-from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
+from torchft.config import (
+    DataConfig,
+    KtoOptions,
+    LoraOptions,
+    ModelConfig,
+    OptimConfig,
+    PreferenceOptions,
+    RewardOptions,
+    RunConfig,
+    SourceConfig,
+    resolve_path,
+)
 from torchft.errors import UserError
-from torchft.names import find_recipe, recipe_for
+from torchft.names import find_config, find_recipe, recipe_for
 from torchft.parse import read_config
+from torchft.strict_yaml import compose_file
 
 if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wait for
     import torch
@@ -49,29 +61,65 @@ class Options(WholeOptions):
     lora: LoraOptions = field(default_factory=LoraOptions)
 
 
+@dataclass
+class PreferenceRun(Options):
+    """Those of dpo_distributed."""
+
+    dpo: PreferenceOptions = field(default_factory=PreferenceOptions)
+
+
+@dataclass
+class KtoRun(Options):
+    """Those of kto_distributed."""
+
+    kto: KtoOptions = field(default_factory=KtoOptions)
+
+
+@dataclass
+class RewardRun(Options):
+    """Those of reward_distributed."""
+
+    reward: RewardOptions = field(default_factory=RewardOptions)
+
+
+# Recipe: its options, and what it reads, one of torchft.data.layout.KINDS ("": what the data hold). All others are LoRA's.
+RUNS = {
+    "full_finetune_distributed": (WholeOptions, ""),
+    "dpo_distributed": (PreferenceRun, "pairs"),
+    "kto_distributed": (KtoRun, "verdicts"),
+    "reward_distributed": (RewardRun, "pairs"),
+}
+
+
+def recipe_of(config: str, overrides: list[str]) -> str:
+    """The recipe of a config: by a group of options that only it has, in the file or on the command line, else by its name."""
+    node = compose_file(find_config(config))
+    groups = [key.value for key, _ in node.value] if node is not None and isinstance(node.value, list) else []
+    given = {*groups, *(text.partition(".")[0] for text in overrides)}
+    return next((f"{group}_distributed" for group in ("dpo", "kto", "reward") if group in given), recipe_for(config))
+
+
 def validate(config: str, overrides: list[str], recipe: str = "") -> None:
     """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails.
 
-    `recipe`: a shipped one, or torchtune's name for it; "" is the one that the config's name ends for.
+    `recipe`: a shipped one, or torchtune's name for it; "": see recipe_of.
     """
-    recipe = find_recipe(recipe).stem if recipe else recipe_for(config)
-    cfg = read_config(_options_of(recipe), config, overrides)
+    recipe = find_recipe(recipe).stem if recipe else recipe_of(config, overrides)
+    options, kind = RUNS.get(recipe, (Options, ""))
+    cfg = read_config(options, config, overrides)
     print(f"config  ok: {config}, for {recipe}", flush=True)  # up to here without torch: a typo is found in a moment
     check_machine(cfg)
-    tokenizer, *datasets = check_data(cfg)
+    tokenizer, *datasets = check_data(cfg, kind)
     check_model(cfg, tokenizer, *datasets)
-
-
-def _options_of(recipe: str) -> type[WholeOptions]:
-    return WholeOptions if recipe.startswith("full_") else Options
 
 
 def show_data(config: str, overrides: list[str], examples: int) -> None:
     """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour."""
     from torchft.data.report import render_example, report, wants_color
 
-    cfg = read_config(_options_of(recipe_for(config)), config, overrides, training=False)
-    tokenizer, loader, valid = load_data(cfg)
+    options, kind = RUNS.get(recipe_of(config, overrides), (Options, ""))
+    cfg = read_config(options, config, overrides, training=False)
+    tokenizer, loader, valid = load_data(cfg, kind)
     print(report(loader.dataset, loader))
     if valid is not None:
         print(report(valid))
@@ -79,7 +127,7 @@ def show_data(config: str, overrides: list[str], examples: int) -> None:
         print("\n" + render_example(loader.dataset, index, tokenizer, color=wants_color(sys.stdout)))
 
 
-def load_data(cfg: WholeOptions) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
+def load_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
     """(tokenizer, loader of the training data, validation data or None), as a recipe makes them."""
     from torchft.adapter import tokenizer_folder
     from torchft.data.chat_template import load_template
@@ -90,9 +138,18 @@ def load_data(cfg: WholeOptions) -> tuple["Tokenizer", "Loader", "Dataset | None
     lora = cfg.lora if isinstance(cfg, Options) else LoraOptions()
     tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), lora.adapter))
     template = load_template(cfg.data.chat_template, tokenizer, lora.new_tokens)
-    train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed)
+    kind = kind or sources_kind(cfg.data.train)
+    train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
     loader = Loader(train, cfg.data, cfg.run)
     return tokenizer, loader, valid
+
+
+def sources_kind(sources: list[SourceConfig]) -> str:
+    """What the first source of the training data holds, one of torchft.data.layout.KINDS."""
+    from torchft.data.layout import detect_kind
+    from torchft.data.sources import read_source
+
+    return detect_kind(read_source(sources[0], "data.train[0]"), sources[0]) if sources else "sft"
 
 
 def check_machine(cfg: WholeOptions) -> None:
@@ -107,9 +164,9 @@ def check_machine(cfg: WholeOptions) -> None:
         build_optimizer({"any": torch.nn.Parameter(torch.zeros(1, device=_device()))}, cfg.optim)
 
 
-def check_data(cfg: WholeOptions) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
+def check_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
     """Tokenises all data and prints what the run would read. Returns (tokenizer, training data, validation data)."""
-    tokenizer, loader, valid = load_data(cfg)
+    tokenizer, loader, valid = load_data(cfg, kind)
     held_out = 0 if valid is None else len(valid)
     print(f"data    ok: {counted(len(loader.dataset), 'example')}, {held_out:,} held out")
     print(textwrap.indent(loader.summary(), INDENT), flush=True)

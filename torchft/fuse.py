@@ -60,12 +60,12 @@ def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     """`fuse`, whatever the device."""
     from torchft.fused_block import FusedBlock  # here: Triton is not everywhere
     from torchft.fused_fp8 import FusedFp8Block
-    from torchft.kernels.linear_cross_entropy import linear_cross_entropy
+    from torchft.kernels.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 
     loss_skipped = "its logits are capped" if model.config.final_logit_softcapping is not None else ""
     loss = "cross_entropy" not in eager and not loss_skipped
     if loss:
-        model.head_loss = linear_cross_entropy
+        model.head_loss, model.head_logprobs = linear_cross_entropy, linear_logprobs
     skipped = "model.kernels says so" if "lora" in eager else _why_not(model)
     if not skipped:
         layers = model.model.layers

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from torchft.atomic import replace_bytes
 from torchft.config import RunConfig
 from torchft.errors import UserError
+from torchft.losses import FIGURES
 from torchft.ranks import rank, world_size
 from torchft.redact import redact, redact_text
 from torchft.run_dir import set_aside
@@ -33,6 +34,8 @@ from torchft.throughput import peak_flops, peak_memory_gib
 from torchft.trackers import Trackers
 
 DETERMINISTIC_FIELDS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "epoch", "valid_loss", "exact_match")
+DETERMINISTIC_FIELDS += (*FIGURES, *(f"valid_{name}" for name in FIGURES))
+SHOWN = ("margin", "accuracy", "kl")  # of those, on the terminal
 
 
 class RunLogger:
@@ -91,6 +94,7 @@ class RunLogger:
         state = state or {"loss_sum": 0.0, "supervised": 0, "wandb_id": None}
         self._interval.loss_sum.fill_(state["loss_sum"])
         self._interval.supervised = state["supervised"]
+        self._interval.add_figures(state.get("count", 0), state.get("figures", {}))
         with self._writing():
             if self._writes:
                 set_aside(self._out, start_step, self.print)
@@ -107,6 +111,13 @@ class RunLogger:
             disable=not (self._writes and sys.stderr.isatty()),
         )
         self._clock = Clock()
+
+    def figures(self, count: int, sums: dict[str, Tensor]) -> None:
+        """What else the next record holds, told before each `step`: means over `count` of something, pairs say.
+
+        The loss is then a sum over those, too, and its mean is taken over them.
+        """
+        self._interval.add_figures(count, sums)
 
     def step(
         self, step: int, *, loss: Tensor, supervised: int, tokens: int, lr: float, grad_norm: Tensor, found_inf: Tensor
@@ -126,11 +137,12 @@ class RunLogger:
         rate = interval.tokens / seconds
         record = {
             "step": step,
-            "loss": loss_sum / max(1, interval.supervised),  # per supervised token since the last record
+            "loss": loss_sum / max(1, interval.count or interval.supervised),  # per supervised token since the last record
             "lr": lr,
             "grad_norm": norm,  # of this step, before clipping
             "supervised_tokens": interval.supervised,  # since the last record
             "epoch": step / self._steps_per_epoch,
+            **{name: total / max(1, interval.count) for name, total in interval.read_figures().items()},
             "tokens_per_s": round(rate, 1),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
             "mfu": round(rate * self._flops_per_token / (self._peak * world_size()), 4) if self._peak else None,
@@ -176,6 +188,7 @@ class RunLogger:
             f"{record['supervised_tokens']:>6,} trained",
             f"{record['peak_memory_gib']:6.2f} GiB",
         ]
+        columns[3:3] = [f"{name} {record[name]:6.3f}" for name in SHOWN if name in record]
         if record["mfu"] is not None:
             columns.append(f"MFU {record['mfu']:5.1%}")
         columns.append(f"ETA {timedelta(seconds=round(record['eta_s']))}")
@@ -197,7 +210,8 @@ class RunLogger:
         with self._writing():
             if self._writes:
                 os.fsync(self._log.fileno())
-        return {"loss_sum": loss_sum, "supervised": self._interval.supervised, "wandb_id": self._trackers.wandb_id()}
+        more = {"count": self._interval.count, "figures": self._interval.read_figures()}
+        return {"loss_sum": loss_sum, "supervised": self._interval.supervised, "wandb_id": self._trackers.wandb_id()} | more
 
     def close(self) -> None:
         """After the last step."""
@@ -222,6 +236,7 @@ class Interval:
         self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)
         self.grad_norm = torch.zeros((), device=device)
         self.supervised = 0
+        self.count, self.figures = 0, {}  # see RunLogger.figures
         self.tokens = 0  # not saved: after a resume tokens/s counts what this process did
         self.steps = 0
 
@@ -233,6 +248,18 @@ class Interval:
         self.supervised += supervised
         self.tokens += tokens
         self.steps += 1
+
+    def add_figures(self, count: int, sums: dict[str, Tensor]) -> None:
+        """One step's, or those of a checkpoint."""
+        self.count += count
+        for name, value in sums.items():
+            before = self.figures.setdefault(name, torch.zeros_like(self.loss_sum))
+            before += value
+
+    def read_figures(self) -> dict[str, float]:
+        """Their sums; waits for the device."""
+        values = torch.stack(list(self.figures.values())).tolist() if self.figures else []
+        return dict(zip(self.figures, values, strict=True))
 
     def read(self) -> tuple[float, float]:
         """The loss sum and the last gradient norm. Raises UserError naming the first step that was not finite."""
@@ -249,7 +276,8 @@ class Interval:
     def reset(self) -> None:
         """After a record."""
         self.loss_sum.zero_()
-        self.supervised = self.tokens = self.steps = 0
+        self.supervised = self.tokens = self.steps = self.count = 0
+        self.figures.clear()
 
 
 class Clock:

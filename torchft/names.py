@@ -17,7 +17,13 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 NOT_YAML = (".py", ".jsonl", ".csv", ".parquet", ".txt")  # what is given in place of a config by mistake
 
 # A config's method is the last part of its name: llama3_1/8B_qlora is for every recipe that starts with lora_.
-METHODS = {"lora": ("lora", "qlora", "lora_fp8"), "full": ("full",), "dpo": ("dpo",)}
+METHODS = {
+    "lora": ("lora", "qlora", "lora_fp8"),
+    "full": ("full",),
+    "dpo": ("dpo",),
+    "kto": ("kto",),
+    "reward": ("reward",),
+}
 
 RECIPE_ALIASES = {
     "lora_finetune_single_device": "lora_single_device",
@@ -25,7 +31,7 @@ RECIPE_ALIASES = {
     "full_finetune_single_device": "full_finetune_distributed",  # one recipe, which runs on one process too
     "lora_dpo_single_device": "dpo_distributed",
     "lora_dpo_distributed": "dpo_distributed",
-    "full_dpo_distributed": "dpo_distributed",
+    "full_dpo_distributed": "dpo_distributed with all weights trained",
 }
 
 _ADAPTER_MODULES = "lora.target_modules, a list of leaf names such as q_proj, down_proj, or all-linear"
@@ -79,7 +85,7 @@ OLD_KEYS = {  # torchtune's option -> ours, or why it is not needed
     "optimizer_in_bwd": "optim.in_backward",
     "lr_scheduler": "optim.schedule: constant, linear or cosine",
     "lr_scheduler.num_warmup_steps": "optim.warmup_steps",
-    "loss": "remove it: the loss is cross entropy that never holds the logits",
+    "loss": "remove it: the loss is cross entropy that never holds the logits, and in dpo_distributed dpo.loss with dpo.beta",
     "clip_grad_norm": "optim.max_grad_norm",
     "compile": "model.compile: auto, on or off",
     "dtype": "model.dtype: bfloat16 or float32",
@@ -214,6 +220,7 @@ def nearest_group(key: str, groups: list[str], options: list[str]) -> str:
 def _without_torchtune_suffix(name: str) -> str:
     """torchtune named configs after recipes too: llama3_1/8B_lora_single_device; early ones wrote 0_5B for 0.5B."""
     name = re.sub(r"_(single_device|distributed)$", "", name)
+    name = re.sub(r"_lora_dpo$", "_dpo", name)
     return re.sub(r"/(\d+)_(\d+B_)", r"/\1.\2", name)
 
 

@@ -21,7 +21,7 @@ LEFTOVER_NAME = re.compile(r"step_\d{6,}\.tmp")
 FORMAT = "torchft checkpoint 2"  # checkpoint.py: whole tensors
 FORMAT_OF_PARTS = "torchft checkpoint 2, in parts"  # parts.py
 FORMATS = (FORMAT, FORMAT_OF_PARTS)
-RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "model", "tensorboard", "profile")  # beside the checkpoints
+RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "model", "reward_model", "tensorboard", "profile")  # beside the checkpoints
 
 
 def checkpoint_path(out: Path, step: int) -> Path:

@@ -17,6 +17,7 @@ from torchft.errors import UserError
 from torchft.hf_checkpoint import Checkpoint, listed, open_checkpoint
 from torchft.models import read_config
 from torchft.modules import fp8, nf4
+from torchft.modules.score import Score
 from torchft.modules.sharding import cut, divided_like, local, rows_held
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import TrainedEmbedding, TrainedHead
@@ -131,12 +132,12 @@ class _Slot:
 
 
 def _base_slots(model: CausalLM) -> dict[str, _Slot]:
-    """Every parameter but the adapters', by the first of its names."""
+    """Every parameter but the adapters' and a score's, by the first of its names."""
     slots: dict[int, tuple[str, _Slot]] = {}
     for module_name, module in model.named_modules():
         for leaf, param in module.named_parameters(recurse=False):
             name = f"{module_name}.{leaf}"
-            if ".lora_" in name:
+            if ".lora_" in name or isinstance(module, Score):  # filled by init_lora, init_score
                 continue
             slots.setdefault(id(param), (name, _Slot(param, [])))[1].owners.append((module, leaf))
     return dict(slots.values())

@@ -178,15 +178,15 @@ def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim, soft
 
 def test_without_a_compiler_packed_rows_take_the_dense_mask_and_say_so(monkeypatch):
     monkeypatch.setattr(attention, "missing_compiler", lambda device: "a C compiler (apt install gcc)")
-    attention._flex_can_run.cache_clear()
+    attention.flex_can_run.cache_clear()
     with pytest.warns(UserWarning, match="dense attention mask.*lacks a C compiler"):
-        assert not attention._flex_can_run("cuda")
-    attention._flex_can_run.cache_clear()
+        assert not attention.flex_can_run("cuda")
+    attention.flex_can_run.cache_clear()
 
 
 def test_generation_takes_a_dense_mask_where_training_takes_flex(monkeypatch):
     """Uncompiled FlexAttention would hold the scores of all heads: 24 GiB for one row of 8k tokens and 32 heads."""
-    monkeypatch.setattr(attention, "_flex_can_run", lambda device_type: True)
+    monkeypatch.setattr(attention, "flex_can_run", lambda device_type: True)
     ids = torch.zeros(1, 300, dtype=torch.int64)
     documents = torch.zeros(1, 300, dtype=torch.int32)
     assert isinstance(attention.build_mask(ids, 300, None, documents), attention.BlockMask)

@@ -46,3 +46,19 @@ def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": NAMES[i % 8] * (1 + i % 3)}]
             out.write(json.dumps({"messages": messages}) + "\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def pair_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs of answers of uneven length, half of them whole conversations with a turn before."""
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    with file.open("w") as out:
+        for i in range(24):
+            question = " and ".join(NAMES[(i + j) % 8] for j in range(1 + i % 5))
+            answers = {"chosen": NAMES[i % 8] * (1 + i % 3), "rejected": NAMES[(i + 1) % 8] * (1 + i % 4)}
+            prompt = [{"role": "user", "content": question}]
+            if i % 2:
+                prompt = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": NAMES[i % 5]}, *prompt]
+            sides = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+            out.write(json.dumps({"prompt": prompt} | sides) + "\n")
+    return file

@@ -331,9 +331,9 @@ def test_rope_stays_exact_in_bf16(small_model: Path, chat_data: Path, tmp_path: 
     """M1: the angles' tables reach the blocks in fp32, whatever the blocks compute in."""
     seen, original = [], attention.apply_rope
 
-    def spy(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def spy(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: object) -> torch.Tensor:
         seen.append((x.dtype, cos.dtype, sin.dtype))
-        return original(x, cos, sin)
+        return original(x, cos, sin, *more)
 
     cfg = options(small_model, chat_data, tmp_path, "model.dtype=bfloat16", "run.max_steps=1", "model.activation_checkpointing=full")
 

@@ -32,7 +32,12 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_key(
-    sources: list[SourceConfig], data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, key: str
+    sources: list[SourceConfig],
+    data_cfg: DataConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    key: str,
+    kind: str = "sft",
 ) -> str:
     """sha256 over everything that decides the tokens of these sources. Args as for build_dataset."""
     options = dataclasses.asdict(dataclasses.replace(data_cfg, train=[], valid=[]))
@@ -46,6 +51,7 @@ def cache_key(
         "code": [_hash_file(file) for file in sorted(CODE.glob("*.py"))],
         "libraries": [metadata.version(name) for name in LIBRARIES],
         "options": options,
+        "kind": kind,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -20,8 +20,9 @@ from torchft.config import DataConfig, SourceConfig
 from torchft.data.cache import cache_key, cache_note, hash_arrays, load_arrays, store_arrays
 from torchft.data.chat_template import ChatTemplate
 from torchft.data.formats import Example, to_example
-from torchft.data.layout import Layout, detect_layout
+from torchft.data.layout import KINDS, Layout, detect_layout
 from torchft.data.packing import HOLD_OUT, shuffled
+from torchft.data.preferences import preference_samples, read_preference
 from torchft.data.rows import BadRow, Row
 from torchft.data.samples import Sample, make_samples
 from torchft.data.sources import read_source
@@ -30,6 +31,7 @@ from torchft.errors import UserError
 
 FIRST = 5  # places named per reason
 ARRAYS = ("ids", "supervised", "starts", "lengths", "source", "row")
+OF_SAMPLES = ("starts", "lengths", "source", "row", "parts", "desirable")
 
 
 @dataclass
@@ -77,6 +79,8 @@ class Dataset:
     sources: list[SourceConfig]
     reports: list[SourceReport]
     key: str  # config key of the sources
+    parts: np.ndarray | None = None  # (S, 2) int64, of pairs: tokens of the trunk and of the chosen branch (preferences.py)
+    desirable: np.ndarray | None = None  # (S,) bool, of verdicts
     cache_note: str = ""  # where the tokens came from, one line
 
     def __len__(self) -> int:
@@ -96,7 +100,8 @@ class Dataset:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name."""
-        return {name: getattr(self, name) for name in ARRAYS}
+        values = {name: getattr(self, name) for name in dict.fromkeys(ARRAYS + OF_SAMPLES)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,7 +113,7 @@ class Dataset:
         number = int(self.source[index])
         if number not in self._rows:
             self._rows[number] = read_source(self.sources[number], f"{self.key}[{number}]")
-        return to_example(self._rows[number][self.row[index]], self.reports[number].layout)
+        return _read(self._rows[number][self.row[index]], self.reports[number].layout)
 
     @cached_property
     def _rows(self) -> dict[int, list[Row]]:
@@ -116,8 +121,7 @@ class Dataset:
 
     def select(self, samples: np.ndarray) -> "Dataset":
         """The dataset of some samples, over the same arrays; its reports are still those of all that was read."""
-        picked = {name: getattr(self, name)[samples] for name in ("starts", "lengths", "source", "row")}
-        return replace(self, **picked)
+        return replace(self, **{name: self.arrays[name][samples] for name in OF_SAMPLES if name in self.arrays})
 
 
 def build_dataset(
@@ -127,6 +131,7 @@ def build_dataset(
     template: ChatTemplate | None,
     *,
     key: str = "data.train",
+    kind: str = "sft",
     use_cache: bool = True,
     quiet: bool = False,
 ) -> Dataset:
@@ -135,19 +140,20 @@ def build_dataset(
     Args:
         template: None is enough for plain texts.
         key: config key of the sources, for messages.
+        kind: what the recipe reads, one of torchft.data.layout.KINDS.
         quiet: no progress bar and no lines, as on all but one process.
     Raises: UserError, naming file and line, for what read_source and detect_layout refuse, for a conversation without a
         template, and for a source with too many bad rows or none that can be used.
     """
     if not sources:
         raise UserError(f"{key}: no data; name a file or a hub dataset, e.g. {key}=train.jsonl")
-    entry = cache_key(sources, data_cfg, tokenizer, template, key) if use_cache else ""
+    entry = cache_key(sources, data_cfg, tokenizer, template, key, kind) if use_cache else ""
     stored = load_arrays(entry, quiet) if use_cache else None
     if stored is not None:
         arrays, facts = stored
         reports = [SourceReport.from_json(report) for report in facts["reports"]]
         return Dataset(**arrays, sources=sources, reports=reports, key=key, cache_note=cache_note(entry))
-    dataset = _tokenize_sources(sources, data_cfg, tokenizer, template, key=key, quiet=quiet)
+    dataset = _tokenize_sources(sources, data_cfg, tokenizer, template, key=key, kind=kind, quiet=quiet)
     if use_cache:
         store_arrays(entry, dataset.arrays, {"reports": [report.to_json() for report in dataset.reports]}, quiet)
     return dataset
@@ -160,12 +166,13 @@ def _tokenize_sources(
     template: ChatTemplate | None,
     *,
     key: str,
+    kind: str,
     quiet: bool,
 ) -> Dataset:
     heres = [f"{key}[{number}]" for number in range(len(sources))]
     tables = [read_source(source, here) for source, here in zip(sources, heres, strict=True)]
     reports = [
-        SourceReport(source.path, _layout(rows, source, template, here), read=len(rows))
+        SourceReport(source.path, _layout(rows, source, template, here, kind), read=len(rows))
         for source, rows, here in zip(sources, tables, heres, strict=True)
     ]
     samples: list[Sample] = []
@@ -174,32 +181,42 @@ def _tokenize_sources(
     with tqdm(total=sum(map(len, tables)), desc="tokenising", unit=" rows", leave=False, disable=quiet or None) as bar:
         for number, (rows, report) in enumerate(zip(tables, reports, strict=True)):
             for index, row in enumerate(rows):
-                made = _count_samples(row, report, data_cfg, tokenizer, template)
+                made = _count_samples(row, kind, report, data_cfg, tokenizer, template)
                 samples += made
                 owners += [(number, index)] * len(made)
                 bar.update()
             _check_bad_rows(report, data_cfg, heres[number])
-    lengths = np.array([len(ids) for ids, _ in samples], np.int64)
+    lengths = np.array([len(sample.ids) for sample in samples], np.int64)
     where = np.array(owners, np.int64)
     return Dataset(
-        ids=np.concatenate([ids for ids, _ in samples]),
-        supervised=np.concatenate([np.append(trained[1:], False) for _, trained in samples]),
+        ids=np.concatenate([sample.ids for sample in samples]),
+        supervised=np.concatenate([np.append(sample.trained[1:], False) for sample in samples]),
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
         source=where[:, 0].copy(),
         row=where[:, 1].copy(),
+        parts=np.array([(sample.num_trunk, sample.num_chosen) for sample in samples], np.int64) if kind == "pairs" else None,
+        desirable=np.array([sample.desirable for sample in samples]) if kind == "verdicts" else None,
         sources=sources,
         reports=reports,
         key=key,
     )
 
 
+def _read(row: Row, layout: Layout) -> Example:
+    return to_example(row, layout) if layout.format in KINDS["sft"] else read_preference(row, layout)
+
+
 def _count_samples(
-    row: Row, report: SourceReport, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+    row: Row, kind: str, report: SourceReport, data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> list[Sample]:
     """The samples of one row, which the report counts as used, or as dropped if there are none."""
     try:
-        samples, notes = make_samples(to_example(row, report.layout), data_cfg, tokenizer, template)
+        example = _read(row, report.layout)
+        if kind == "sft":
+            samples, notes = make_samples(example, data_cfg, tokenizer, template)
+        else:
+            samples, notes = preference_samples(example, kind, data_cfg, tokenizer, template)
     except BadRow as error:
         report.drop(row.where, error)
         return []
@@ -208,13 +225,13 @@ def _count_samples(
     return samples
 
 
-def _layout(rows: list[Row], source: SourceConfig, template: ChatTemplate | None, here: str) -> Layout:
+def _layout(rows: list[Row], source: SourceConfig, template: ChatTemplate | None, here: str, kind: str) -> Layout:
     if not rows:
         raise UserError(f"{here}: {source.path} is empty, there is no row in it; name another file or leave it out")
     if not any(row.values is not None for row in rows):
         first = f"{rows[0].where}: {rows[0].problem}"
         raise UserError(f"{here}: none of the {len(rows)} rows of {source.path} can be read; the first, {first}")
-    layout = detect_layout(rows, source, here)
+    layout = detect_layout(rows, source, here, kind)
     if layout.format != "text" and template is None:
         raise UserError(
             f"{here}: {source.path} holds conversations and the tokenizer has no chat template; "
@@ -258,15 +275,21 @@ def _length_advice(report: SourceReport, data_cfg: DataConfig) -> list[str]:
 
 
 def build_datasets(
-    data_cfg: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int, *, quiet: bool = False
+    data_cfg: DataConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    seed: int,
+    *,
+    kind: str = "sft",
+    quiet: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """(training data, validation data): `data.valid` if it names any, else a share of the training data, else None.
 
     Arguments and errors as in `build_dataset` and `hold_out`.
     """
-    train = build_dataset(data_cfg.train, data_cfg, tokenizer, template, quiet=quiet)
+    train = build_dataset(data_cfg.train, data_cfg, tokenizer, template, kind=kind, quiet=quiet)
     if data_cfg.valid:
-        return train, build_dataset(data_cfg.valid, data_cfg, tokenizer, template, key="data.valid", quiet=quiet)
+        return train, build_dataset(data_cfg.valid, data_cfg, tokenizer, template, key="data.valid", kind=kind, quiet=quiet)
     return hold_out(train, data_cfg.valid_fraction, seed) if data_cfg.valid_fraction else (train, None)
 
 

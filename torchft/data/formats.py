@@ -4,8 +4,8 @@
     example = to_example(rows[0], layout)
 
 Formats: instruct (alpaca and other column pairs), messages (OpenAI), sharegpt (conversations) and text; which one a
-source has is told by layout.py. Nothing is guessed inside a row: what does not fit is a `BadRow`, whose reason the row
-is counted under.
+source has is told by layout.py; pairs and verdicts are read in preferences.py. Nothing is guessed inside a row: what does
+not fit is a `BadRow`, whose reason the row is counted under.
 """
 
 import math
@@ -40,6 +40,9 @@ class Example:
     tools: list[dict[str, Any]] | None  # OpenAI's function schemas
     text: str | None
     where: str  # file:line
+    num_prompt: int = 0  # of the messages, those before the answer that a pair or a verdict is about
+    rejected: list[dict[str, Any]] | None = None  # of a pair: the worse conversation; messages has the better
+    desirable: bool | None = None  # of a verdict
 
 
 def to_example(row: Row, layout: Layout) -> Example:
@@ -48,15 +51,15 @@ def to_example(row: Row, layout: Layout) -> Example:
         raise row.problem
     columns = layout.columns
     if layout.format == "text":
-        return Example(None, None, _text(row.values, columns["text"]), row.where)
+        return Example(None, None, read_text(row.values, columns["text"]), row.where)
     if layout.format == "instruct":
         messages, tools = _from_instruct(row.values, columns), None
     else:
-        read = _from_openai if layout.format == "messages" else _from_sharegpt
-        messages, tools = read(row.values, columns), _read_tools(row.values, columns)
-    if "system" in columns and (system := _optional_text(row.values, columns["system"])):
+        read = from_openai if layout.format == "messages" else from_sharegpt
+        messages, tools = read(row.values, columns), read_tools(row.values, columns)
+    if "system" in columns and (system := optional_text(row.values, columns["system"])):
         messages.insert(0, {"role": "system", "content": system})
-    _check_conversation(messages)
+    check_conversation(messages)
     return Example(messages, tools, None, row.where)
 
 
@@ -73,7 +76,7 @@ def split_answer(example: Example) -> tuple[list[dict[str, Any]], str]:
     return example.messages[:last], example.messages[last].get("content") or ""
 
 
-def _text(values: dict[str, Any], column: str) -> str:
+def read_text(values: dict[str, Any], column: str) -> str:
     """A cell that must hold text: a null never becomes the word None."""
     if column not in values:
         raise BadRow(f'no "{column}"')
@@ -86,7 +89,7 @@ def _text(values: dict[str, Any], column: str) -> str:
     return text
 
 
-def _optional_text(values: dict[str, Any], column: str) -> str:
+def optional_text(values: dict[str, Any], column: str) -> str:
     """A cell that may be missing, null or blank, all of which mean that there is none."""
     text = values.get(column)
     if text is None:
@@ -137,10 +140,10 @@ def _maybe_json(value: Any, what: str) -> Any:
 
 def _from_instruct(values: dict[str, Any], columns: dict[str, str]) -> list[dict[str, Any]]:
     question, answer = (name for name in columns if name not in OPTIONAL["instruct"])
-    prompt = _text(values, columns[question])
-    if "input" in columns and (extra := _optional_text(values, columns["input"])):
+    prompt = read_text(values, columns[question])
+    if "input" in columns and (extra := optional_text(values, columns["input"])):
         prompt = f"{prompt}\n\n{extra}"
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(values, columns[answer])}]
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": read_text(values, columns[answer])}]
 
 
 def _turns(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
@@ -163,7 +166,7 @@ def _refuse_masks(turn: dict[str, Any]) -> None:
             raise BadRow(f'a turn is masked by "{name}", which is not supported: use data.train_on')
 
 
-def _from_openai(values: dict[str, Any], columns: dict[str, str]) -> list[dict[str, Any]]:
+def from_openai(values: dict[str, Any], columns: dict[str, str]) -> list[dict[str, Any]]:
     messages = []
     for index, turn in enumerate(_turns(values, columns["messages"])):
         at = f"{columns['messages']}[{index}]"
@@ -183,7 +186,7 @@ def _from_openai(values: dict[str, Any], columns: dict[str, str]) -> list[dict[s
     return messages
 
 
-def _from_sharegpt(values: dict[str, Any], columns: dict[str, str]) -> list[dict[str, Any]]:
+def from_sharegpt(values: dict[str, Any], columns: dict[str, str]) -> list[dict[str, Any]]:
     messages = []
     for index, turn in enumerate(_turns(values, columns["conversations"])):
         at = f"{columns['conversations']}[{index}]"
@@ -229,7 +232,7 @@ def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
     return found
 
 
-def _read_tools(values: dict[str, Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
+def read_tools(values: dict[str, Any], columns: dict[str, str]) -> list[dict[str, Any]] | None:
     """The `tools` column, a list or its JSON text, as OpenAI function schemas; None where it is missing or empty."""
     value = values.get(columns.get("tools", ""))
     tools = _maybe_json(value, '"tools"') if not isinstance(value, str) or value.strip() else None
@@ -247,7 +250,7 @@ def _read_tools(values: dict[str, Any], columns: dict[str, str]) -> list[dict[st
     return found
 
 
-def _check_conversation(messages: list[dict[str, Any]]) -> None:
+def check_conversation(messages: list[dict[str, Any]]) -> None:
     systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
     if len(systems) > 1:
         raise BadRow("more than one system turn")

@@ -14,11 +14,19 @@ A worked example, one row of 8 tokens packed from two documents; the answers [12
     labels    -100  12  13 -100|-100 22 -100|-100       a document's last token has none, so that none crosses a border
     positions    0   1   2   3 |  0   1   2 |  0
     documents    0   0   0   0 |  1   1   1 |  2        padding is a document of its own
+
+A pair of answers (preferences.py), [12 13] better than [22] after the prompt [10 11], is one document with two branches:
+
+    input_ids   10 | 11  12  13 | 11  22 |  0           sequences say whose tokens they are: of answer 0 or 1, or 2 for
+    labels    -100 | 12  13 -100| 22 -100|-100          nobody's
+    positions    0 |  1   2   3 |  1   2 |  0
+    branches     0 |  1   1   1 |  2   2 |  0
+    sequences    2 |  0   0   0 |  1   1 |  2
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,12 +52,15 @@ class Batch:
     documents: torch.Tensor | None  # (B, T) int32; None: every row is one document and has no padding
     num_tokens: int  # without padding
     num_supervised: int  # labels other than -100
+    branches: torch.Tensor | None = None  # (B, T) int32, of pairs: 0 prompt, 1 chosen, 2 rejected
+    sequences: torch.Tensor | None = None  # (B, T) int64, of pairs and verdicts: the answer of each token, or num_sequences
+    num_sequences: int = 0  # answers; the chosen and the rejected one of a pair are neighbours
+    desirable: torch.Tensor | None = None  # (num_sequences,) bool, of verdicts
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        moved = [x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.positions)]
-        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
-        return Batch(*moved, documents, self.num_tokens, self.num_supervised)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -242,9 +253,10 @@ def make_batch(dataset: Dataset, rows: list[np.ndarray], *, num_rows: int, max_s
     documents = np.repeat(per_row.astype(np.int32)[:, None], width, axis=1)
     input_ids[real] = dataset.ids[index]
     labels[real] = np.where(supervised, following, IGNORE)
-    positions[real] = position
     documents[real] = np.repeat(number, lengths)
-    whole = bool((per_row == 1).all() and (row_tokens == width).all())
+    answers, position = _answers(dataset, samples, position, real)
+    positions[real] = position
+    whole = bool((per_row == 1).all() and (row_tokens == width).all()) and "branches" not in answers
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -252,4 +264,33 @@ def make_batch(dataset: Dataset, rows: list[np.ndarray], *, num_rows: int, max_s
         None if whole else torch.from_numpy(documents),
         num_tokens,
         int(supervised.sum()),
+        **answers,
     )
+
+
+def _answers(
+    dataset: Dataset, samples: np.ndarray, position: np.ndarray, real: np.ndarray
+) -> tuple[dict[str, torch.Tensor | int], np.ndarray]:
+    """The fields of a Batch that pairs and verdicts have, and the tokens' positions, which restart in each branch.
+
+    samples (D,), position (N,) of each token in its sample, real (B, T): where the batch's N tokens stand.
+    """
+    if dataset.parts is None and dataset.desirable is None:
+        return {}, position
+    lengths, number = dataset.lengths[samples], np.arange(len(samples))
+    per_sample = 1 if dataset.parts is None else 2
+    sequences = np.full(real.shape, per_sample * len(samples), np.int64)
+    fields: dict[str, torch.Tensor | int] = {"num_sequences": per_sample * len(samples)}
+    if dataset.parts is None:
+        sequences[real] = np.repeat(number, lengths)
+        fields["desirable"] = torch.from_numpy(dataset.desirable[samples])
+    else:
+        trunk, chosen = (np.repeat(part, lengths) for part in dataset.parts[samples].T)  # (N,) each
+        branch = (position >= trunk).astype(np.int32) + (position >= trunk + chosen)
+        branches = np.zeros(real.shape, np.int32)
+        branches[real] = branch
+        fields["branches"] = torch.from_numpy(branches)
+        own = 2 * np.repeat(number, lengths) + branch - 1
+        sequences[real] = np.where(branch > 0, own, fields["num_sequences"])
+        position = position - np.where(branch == 2, chosen, 0)
+    return fields | {"sequences": torch.from_numpy(sequences)}, position

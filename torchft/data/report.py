@@ -79,7 +79,8 @@ def render_example(dataset: Dataset, index: int, tokenizer: Tokenizer, *, color:
     ids = dataset.ids[start : start + length].tolist()
     # a token is trained if the position before it is supervised; the first token never is
     trained = [False, *dataset.supervised[start : start + length - 1].tolist()]
-    header = f"--- {dataset.example(index).where}: {counted(length, 'token')}, {sum(trained):,} trained ---"
+    layout = "" if dataset.parts is None else "; the prompt, its end twice: before chosen and before rejected"
+    header = f"--- {dataset.example(index).where}: {counted(length, 'token')}, {sum(trained):,} trained{layout} ---"
     control = set(tokenizer.special_tokens.values())
     kinds = [(on, color and token in control) for token, on in zip(ids, trained, strict=True)]
     borders = [0, *(i for i in range(1, length) if kinds[i] != kinds[i - 1]), length]

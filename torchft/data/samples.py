@@ -6,7 +6,7 @@ A conversation is one sample, dropped or cut at `data.max_seq_len` by `data.trun
 """
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,16 @@ from torchft.data.tokenizer import Tokenizer
 from torchft.errors import UserError
 
 MAX_TOKEN_CHARS = 128  # characters in the longest token of vocabularies in use: Llama 3's run of blanks
-Sample = tuple[np.ndarray, np.ndarray]  # ids (T,) int32, trained (T,) bool: whether the token itself is a target
+
+
+class Sample(NamedTuple):
+    """A run of tokens, and how it is made up: an SFT sample has neither parts nor a verdict (see preferences.py)."""
+
+    ids: np.ndarray  # (T,) int32
+    trained: np.ndarray  # (T,) bool: whether the token itself is a target
+    num_trunk: int = 0  # of a pair: tokens that both answers follow
+    num_chosen: int = 0  # of a pair: tokens of the chosen branch, behind the trunk; the rest is the rejected one
+    desirable: bool = False  # of a verdict
 
 
 def make_samples(
@@ -35,7 +44,7 @@ def make_samples(
             return _cut_text(tokenize_text(example.text, tokenizer), data_cfg.max_seq_len), Counter()
         assert example.messages is not None and template is not None
         if data_cfg.truncation == "drop":
-            _refuse_huge(example.messages, data_cfg.max_seq_len)
+            refuse_huge(example.messages, data_cfg.max_seq_len)
         done = tokenize_chat(example.messages, example.tools, tokenizer, template, data_cfg.train_on)
     except RowError as error:
         raise BadRow("the chat template refuses it", str(error)) from None
@@ -48,8 +57,8 @@ def make_samples(
     return _truncate(done, data_cfg)
 
 
-def _refuse_huge(messages: list[dict[str, Any]], limit: int) -> None:
-    """Rows far beyond the limit are not tokenised first: it would take half a minute per 10 MB."""
+def refuse_huge(messages: list[dict[str, Any]], limit: int) -> None:
+    """Raises BadRow: rows far beyond the limit are not tokenised first: it would take half a minute per 10 MB."""
     characters = sum(len(message.get("content") or "") for message in messages)
     if characters > MAX_TOKEN_CHARS * limit:
         raise BadRow(f"longer than data.max_seq_len={limit}", f"{characters:,} characters")
@@ -66,7 +75,7 @@ def _truncate(done: Tokenized, data_cfg: DataConfig) -> tuple[list[Sample], Coun
         raise BadRow(f"no answer left within data.max_seq_len={limit}", f"{length:,} tokens", length)
     if length > limit:
         notes["cut at data.max_seq_len"] += 1
-    return [(ids, trained)], notes
+    return [Sample(ids, trained)], notes
 
 
 def _cut_text(ids: list[int], limit: int) -> list[Sample]:
@@ -76,4 +85,4 @@ def _cut_text(ids: list[int], limit: int) -> list[Sample]:
         raise BadRow("nothing to train", "a text of one token")
     starts = range(0, len(ids) - 1, limit - 1)
     pieces = [np.array(ids[start : start + limit], np.int32) for start in starts]
-    return [(piece, np.ones(len(piece), bool)) for piece in pieces]
+    return [Sample(piece, np.ones(len(piece), bool)) for piece in pieces]

@@ -44,8 +44,9 @@ def tokenize_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     train_on: str = "all",
+    first: int = 0,
 ) -> Tokenized:
-    """Ids and mask of a conversation; `train_on`: all answers, or the last.
+    """Ids and mask of a conversation; `train_on`: all answers, or the last, among the messages from number `first` on.
 
     Raises:
         RowError: the template refuses the conversation or fails on it.
@@ -54,7 +55,7 @@ def tokenize_chat(
     rendered = template.render(messages, tools)
     ids, offsets, controls = tokenizer.encode_rendered(rendered.text, [span[:2] for span in rendered.spans])
     tokenized = Tokenized(ids, [False] * len(ids))
-    answers = [i for i, message in enumerate(messages) if message.get("role") in ANSWER_ROLES]
+    answers = [i for i, message in enumerate(messages) if i >= first and message.get("role") in ANSWER_ROLES]
     wanted = answers[-1:] if train_on == "last" else answers
     chat = Conversation(messages, tools, template, rendered, [offsets[i] for i in controls])
     for found in find_answers(chat, wanted):
