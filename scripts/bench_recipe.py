@@ -3,13 +3,15 @@
     python scripts/bench_recipe.py --list
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --baseline hf_peft --baseline plain
     python scripts/bench_recipe.py --case dpo_1b_bf16_1024x4_noac --baseline trl_dpo
+    python scripts/bench_recipe.py --case full_8b_bf16_2048x4_ac --gpus 2
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
 
 Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
 measured: median tokens/s, its spread, and the peak of allocated memory over the whole run. Baselines run in the same call on the
 same GPU: hf_peft (transformers + peft), and plain, the best of the recipe without kernels over {eager, compile} x {flash,
-cuDNN attention}; all four are in the record. The cases of DPO are in bench_dpo.py. Leaves out: loading weights from files, and any claim about quality.
+cuDNN attention}; all four are in the record. The cases of DPO are in bench_dpo.py. Leaves out: loading weights from files, and
+any claim about quality.
 """
 
 import argparse
@@ -56,27 +58,40 @@ LLAMA_3_1_8B = {
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
-MODELS = {"8b": LLAMA_3_1_8B}
+SIZES = {"1b": "Llama-3.2-1B", "8b": "", "70b": "Llama-3.1-70B"}  # rows of torchft.models.llama.SIZES
 CASES = [
     f"{method}_8b_{dtype}_{shape}_{ac}"
     for method, dtype in (("lora", "bf16"), ("lora", "fp8"), ("qlora", "nf4"))
     for shape in ("2048x4", "8192x1", "2048x1")
     for ac in ("noac", "ac")
-] + bench_dpo.CASES
+]
+CASES += ["qlora_70b_nf4_8192x1_ac"]
+CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac", "full_8b_bf16_2048x4_ac"]
+CASES += bench_dpo.CASES
 
 
 def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
     """Split a case's name, method_model_dtype_<seq>x<batch>_<ac|noac>, into a config.json and recipe overrides."""
-    _, model, dtype, shape, ac = case.split("_")
+    method, model, dtype, shape, ac = case.split("_")
     seq, batch = (int(part) for part in shape.split("x"))
-    config = MODELS[model]
-    return config, {
-        "model.quantize": "none" if dtype == "bf16" else dtype,
+    # the weights of the one GPU's bf16 case are kept in bf16 too; on several GPUs, and by default, in fp32
+    optimizer = {"optim.name": "adamw_bf16" if case.startswith("full_1b_bf16") else "adamw"} if method == "full" else {}
+    return model_config(model), optimizer | {
+        "model.quantize": "none" if dtype in ("bf16", "fp32master") else dtype,
         "model.activation_checkpointing": "full" if ac == "ac" else "none",
         "data.max_seq_len": seq,
         "run.global_batch_size": batch,
         "run.micro_batch_size": batch,
     }
+
+
+def model_config(size: str) -> dict:
+    """config.json of a Llama of that size."""
+    if size == "8b":
+        return LLAMA_3_1_8B
+    from torchft.models.llama import SIZES as SHAPES
+
+    return SHAPES[SIZES[size]] | {"hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16"}
 
 
 def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
@@ -95,7 +110,8 @@ def run_recipe(case: str, timeout_s: int, gpus: int, options: list[str]) -> dict
     """Run one case through the recipe and reduce its log to the figures of a record; `gpus`: of the distributed one."""
     if case in bench_dpo.CASES:
         return reduce_log(bench_dpo.run_recipe(case, WARMUP_STEPS + MEASURED_STEPS, timeout_s, options, dry_run=False))
-    recipe = [f"--nproc_per_node={gpus}", "lora_distributed"] if gpus else ["lora_single_device"]
+    recipe = "full_finetune_distributed" if case.startswith("full_") else "lora_distributed" if gpus else "lora_single_device"
+    recipe = [f"--nproc_per_node={gpus}", recipe] if gpus else [recipe]
     return measure(["-m", "torchft", "run", *recipe], case, timeout_s, max(1, gpus), options)
 
 
@@ -124,12 +140,12 @@ def measure(command: list[str], case: str, timeout_s: int, gpus: int, options: l
         fixed = {
             "model.path": folder / "model",
             "model.weights": "random",
-            "lora.rank": 16,
             "data.train": folder / "text.jsonl",
             "run.out": folder / "out",
             "run.max_steps": steps,
             "run.sample_rows": 0,
         }
+        fixed |= {} if case.startswith("full_") else {"lora.rank": 16}
         args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()] + options
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
         subprocess.run([sys.executable, *command, *args], check=True, timeout=timeout_s, cwd=REPO, env=environment)
@@ -158,7 +174,10 @@ def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str]
     config, overrides = case_overrides(case)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
+        overrides.pop("optim.name", None)  # transformers keeps the weights and states in the dtype they were loaded in
         args = [f"--{key.split('.')[1]}={value}" for key, value in overrides.items()]
+        args += ["--full"] if case.startswith("full_") else []
+        args += ["--dtype=float32"] if "fp32master" in case else []
         command = [sys.executable, str(REPO / "scripts/baselines" / f"{name}.py"), f"--config={folder}", *args]
         done = subprocess.run(command, check=True, timeout=timeout_s, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -186,10 +205,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", default=[], help="may be repeated; see --list")
     parser.add_argument(
-        "--gpus", type=int, default=0, help="lora_distributed on so many GPUs, the batch times that; 0: lora_single_device"
+        "--gpus", type=int, default=0, help="a distributed recipe on so many GPUs, the batch times that; 0: one process"
     )
     parser.add_argument("--option", action="append", default=[], help="one more of the recipe's, such as model.shard=all")
-    parser.add_argument("--baseline", action="append", default=[], help="hf_peft or plain, of DPO cases trl_dpo; may be repeated")
+    parser.add_argument("--baseline", action="append", default=[], help="hf_peft (of full_ cases transformers alone), plain, or of DPO cases trl_dpo; may be repeated")
     parser.add_argument(
         "--plain", action="append", choices=PLAIN, help="a configuration of the baseline plain; may be repeated; without it all four"
     )

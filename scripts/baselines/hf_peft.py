@@ -1,4 +1,6 @@
-"""The baseline of scripts/bench_recipe.py: the same LoRA step with transformers + peft, random weights, fully supervised rows.
+"""The baseline of scripts/bench_recipe.py: the same step with transformers + peft, or of all weights with transformers alone.
+
+Random weights, fully supervised rows.
 
     python scripts/baselines/hf_peft.py --config DIR --max_seq_len 2048 --global_batch_size 4 --activation_checkpointing none
 
@@ -25,26 +27,30 @@ def main() -> None:
     parser.add_argument("--micro_batch_size", type=int)
     parser.add_argument("--activation_checkpointing", default="none")
     parser.add_argument("--quantize", default="none")
+    parser.add_argument("--full", action="store_true", help="train every weight, without peft")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights; from float32 ones, autocast computes in bf16")
     args = parser.parse_args()
     if args.quantize != "none":
         raise SystemExit("error: the baseline has no NF4 base (bitsandbytes is not used here)")
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(args.config)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
+    if not args.full:
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
     if args.activation_checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(params, lr=2e-5 if args.full else 2e-4, weight_decay=0.0, fused=True)
     rates, losses = [], []
     for _ in range(15):
         ids = torch.randint(0, 1024, (args.global_batch_size, args.max_seq_len), device="cuda")
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.dtype == "float32"):
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()

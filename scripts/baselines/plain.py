@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from torchft.modules import attention
 from torchft.parse import parse
-from torchft.recipes import lora_single_device as recipe
+from torchft.recipes import full_finetune_distributed, lora_single_device
 
 OFF = "model.kernels={lora: eager, cross_entropy: eager}"
 
@@ -21,6 +21,7 @@ def main() -> None:
     compiled, backend, *options = sys.argv[1:]
     if backend == "flash":
         attention.SDPA_PRIORITY.sort(key=lambda kind: kind != SDPBackend.FLASH_ATTENTION)
+    recipe = lora_single_device if any(option.startswith("lora.") for option in options) else full_finetune_distributed
     recipe.main(parse(recipe.Config, [*options, OFF, f"model.compile={'on' if compiled == 'compile' else 'off'}"]))
 
 
