@@ -11,7 +11,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 CUDA_VISIBLE_DEVICES="" python3 -m pytest -q -n "${TEST_WORKERS:-8}" -p no:cacheprovider tests >"$out/cpu_tests.log" 2>&1 &
 for case in "$@"; do
   baseline=()
-  [[ $case == lora_* ]] && baseline=(--baseline hf_peft)
+  [[ $case == lora_* || $case == full_1b_* ]] && baseline=(--baseline hf_peft)
   [[ $case == dpo_* ]] && baseline=(--baseline trl_dpo)
   python3 scripts/bench_recipe.py --case "$case" "${baseline[@]}" --timeout "${CASE_TIMEOUT:-120}" --records "$out/records.jsonl" 2>&1 |
     tee "$out/$case.log" | tail -n 1

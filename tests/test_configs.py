@@ -137,7 +137,7 @@ def test_a_config_for_all_weights_says_what_they_take(name):
     assert cfg.data.max_seq_len <= row["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("name", OF_PREFERENCES - {f"tiny/{method}" for method in PREFERENCES})
+@pytest.mark.parametrize("name", sorted(OF_PREFERENCES - {f"tiny/{method}" for method in PREFERENCES}))
 def test_a_config_of_preferences_is_that_of_its_size_but_for_the_data(name):
     ours, theirs = options(name), options(f"{name.rpartition('_')[0]}_lora")
     assert ours.model == theirs.model and ours.lora == theirs.lora
