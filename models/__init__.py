@@ -36,6 +36,10 @@ FAMILIES = {  # `architectures` in config.json -> the family's file
     "Glm4ForCausalLM": glm4,
 }
 
+CLASSIFIERS = {  # `architectures` -> transformers' class with a score on top
+    name: name.replace("ForCausalLM", "ForSequenceClassification") for name in FAMILIES if name != "GraniteForCausalLM"
+} | {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}  # without Text it takes images too
+
 ADVICE = {  # architectures that are near to a known one
     "Gemma3ForConditionalGeneration": "It takes images too; its text part can be saved on its own as a Gemma3ForCausalLM.",
 }
@@ -94,5 +98,11 @@ def build_model(hf_config: dict[str, Any]) -> CausalLM:
 
 
 def build_reward_model(hf_config: dict[str, Any]) -> RewardModel:
-    """The same with a score on top."""
-    return RewardModel(model_config(hf_config))
+    """The same with a score on top. Raises ValueError also for an architecture that transformers has no classifier for."""
+    config = model_config(hf_config)
+    if hf_config["architectures"][0] not in CLASSIFIERS:
+        raise ValueError(
+            f"config.json: {hf_config['architectures'][0]} has no ...ForSequenceClassification in transformers, as which a "
+            f"reward model is written; those that have one: {', '.join(CLASSIFIERS)}."
+        )
+    return RewardModel(config)

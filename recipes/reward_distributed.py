@@ -206,7 +206,7 @@ def main(cfg: Config) -> None:
         text = {"tokenizer": tokenizer, "template": template}  # saved where they are not the base model's own
         save_adapter(model, spec, out / "adapter", base_path=str(path), **text, replace_existing=True)
         nf4_base = cfg.model.quantize == "nf4"  # merged into what it was trained on
-        log.print(export_reward_model(model, path, out / "adapter", out / "reward_model", tokenizer, nf4_base=nf4_base))
+        log.print(export_reward_model(model, path, out / "adapter", out / "reward_model", **text, nf4_base=nf4_base))
     log.close()
     leave_processes()
 

@@ -20,9 +20,12 @@ if [ $# -eq 0 ]; then
 fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# srun passes SIGTERM on to every node's launcher: 300 s before the time limit the run saves its step, and --requeue with
-# run.resume=auto goes on from there.
-exec srun --kill-on-bad-exit=1 tune run \
+# 300 s before the time limit srun passes SIGTERM on to every node's launcher: the run saves its step and leaves with 143, the job
+# is put into the queue again, and run.resume=auto goes on from there; so too after a preemption or a node's failure (--requeue).
+code=0
+srun --kill-on-bad-exit=1 tune run \
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
-  "$@" run.resume=auto
+  "$@" run.resume=auto || code=$?
+[ "$code" -ne 143 ] || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"

@@ -1,5 +1,6 @@
 """`tune validate` and `tune data` on the shipped tiny model, and what they say when something is wrong (U3)."""
 
+import importlib
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ from torchft.config import ASSETS
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
 from torchft.models import build_model, model_config, read_config
-from torchft.names import RECIPES
+from torchft.names import CONFIGS, RECIPES
+from torchft.parse import flatten
 from torchft.weights import load_weights
 
 FIRST_ROWS = 40  # of the shipped data: enough to see what is done with them
@@ -233,3 +235,31 @@ def test_validate_and_a_real_model_agree_on_what_is_trained(workplace):
     _, report, _ = add_adapter(other, cfg.lora, range(0))
     assert reports == [str(report)]
     assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in other.named_parameters()]
+
+
+def test_which_recipe_a_config_is_for(workplace, capsys):
+    """Its own group, the command in its header, the end of its name, its group lora; where none tells, it is refused."""
+    texts = {
+        "a.yaml": ("dpo: {beta: 0.2}\n", "dpo_distributed"),
+        "b.yaml": ("#   tune run --nproc_per_node 2 full_finetune_distributed --config tiny/full\nmodel: {}\n", "full_finetune_distributed"),
+        "my_reward.yaml": ("model: {}\n", "reward_distributed"),
+        "c2.yaml": ("lora: {rank: 4}\n", "lora_single_device"),
+    }
+    for name, (text, recipe) in texts.items():
+        Path(name).write_text(text)
+        assert dry_run.recipe_of(name, []) == recipe
+    Path("mine.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl}\n")
+    assert dry_run.recipe_of("mine.yaml", ["kto.beta=0.3"]) == "kto_distributed"
+    for command in ("validate", "data"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "mine.yaml"])
+        assert "mine.yaml does not tell which recipe it is for: add --recipe lora_single_device" in capsys.readouterr().err
+        cli.main([command, "mine.yaml", "--recipe", "lora_distributed"])
+    shutil.copy(CONFIGS / "tiny/full.yaml", "copied.yaml")
+    assert dry_run.recipe_of("copied.yaml", []) == "full_finetune_distributed"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.py")))
+def test_the_options_of_a_dry_run_are_the_recipes(recipe):
+    theirs = importlib.import_module(f"torchft.recipes.{recipe}").Config()
+    assert flatten(dry_run.RUNS.get(recipe, (dry_run.Options, ""))[0]()) == flatten(theirs)

@@ -139,10 +139,28 @@ def test_replaced_weights_are_seen() -> None:
 
 
 def test_adapters_off_is_the_base_model() -> None:
+    """By the very products that the policy takes: where adapters do nothing yet, to the bit, in bf16 too (P1)."""
     model = in_fp8()
     twin = fused(model)
     with torch.no_grad(), adapters_off(model), adapters_off(twin):
-        torch.testing.assert_close(twin(**batch()), model(**batch()), rtol=1e-6, atol=0)
+        torch.testing.assert_close(twin(**batch()), model(**batch()), rtol=1e-5, atol=0)
+    twin = fused(in_fp8(dtype=torch.bfloat16))
+    with torch.no_grad():
+        for name, param in twin.named_parameters():
+            if "lora_B" in name:
+                param.zero_()
+        policy = twin(**batch())
+        with adapters_off(twin):
+            assert torch.equal(twin(**batch()), policy)
+
+
+def test_blocks_of_packed_linears_stay_plain() -> None:
+    """Phi-3's: the adapters of gate and up, which the gate's kernel adds, are one there."""
+    model = in_fp8(packed_qkv=True, packed_gate_up=True)
+    expected = gradients(model)[0]
+    report = swap(model, ALL)
+    assert report.blocks == 0 and "are one FP8 linear each" in str(report)
+    assert gradients(model)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_blocks_with_dense_linears_too_stay_plain() -> None:

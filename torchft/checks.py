@@ -240,7 +240,7 @@ def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     loss, kto = values.get("dpo.loss", ""), "kto.beta" in values
     return [
         *(_reference_rules(values) if kto or loss not in ("", "simpo", "orpo", "cpo") else []),
-        (bool(loss or kto) and values.get("lora.dropout", 0.0) > 0.0, "lora.dropout",
+        ((kto or loss not in ("", "simpo", "orpo", "cpo")) and values.get("lora.dropout", 0.0) > 0.0, "lora.dropout",
          "must be 0: policy and reference are compared without dropout, so that the loss starts where it should"),
         (loss not in ("", "sigmoid", "robust") and values["dpo.label_smoothing"] > 0.0, "dpo.label_smoothing",
          f"has no effect on dpo.loss={loss}; use sigmoid or robust, or remove it"),

@@ -127,10 +127,10 @@ def _dry_run_commands(commands: Commands) -> None:
     summary = "check config, data and model shapes without loading weights"
     validate = _command(commands, "validate", _validate, summary, "tune validate tiny/lora optim.lr=1e-3")
     summary = "report what becomes of a config's data, with coloured examples"
-    validate.add_argument("--recipe", default="", help="that the config is for (default: by the end of its name)")
     data = _command(commands, "data", _data, summary, "tune data tiny/lora --examples 2")
     data.add_argument("--examples", type=int, default=3, metavar="N", help="training examples to print (default: 3)")
     for parser in (validate, data):
+        parser.add_argument("--recipe", default="", help="that the config is for (default: what its header or name says)")
         parser.add_argument("config", help="a shipped config (tune ls) or a .yaml file")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the file")
 
@@ -245,7 +245,7 @@ def _data(args: argparse.Namespace) -> None:
         raise UserError(f"--examples is {args.examples}; write 0 or more")
     from torchft.dry_run import show_data
 
-    show_data(args.config, args.overrides, args.examples)
+    show_data(args.config, args.overrides, args.examples, args.recipe)
 
 
 def _merge(args: argparse.Namespace) -> None:

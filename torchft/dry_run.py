@@ -4,6 +4,7 @@
 `data` prints the report of the data and a few coloured examples. Both take any config of the shipped recipes.
 """
 
+import re
 import shutil
 import sys
 import textwrap
@@ -25,7 +26,7 @@ from torchft.config import (
     resolve_path,
 )
 from torchft.errors import UserError
-from torchft.names import find_config, find_recipe, recipe_for
+from torchft.names import find_config, find_recipe, recipe_for, recipe_names
 from torchft.parse import read_config
 from torchft.strict_yaml import compose_file
 
@@ -52,6 +53,13 @@ class WholeOptions:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class FullRun(WholeOptions):
+    """Those of full_finetune_distributed."""
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
 
 
 @dataclass
@@ -84,7 +92,7 @@ class RewardRun(Options):
 
 # Recipe: its options, and what it reads, one of torchft.data.layout.KINDS ("": what the data hold). All others are LoRA's.
 RUNS = {
-    "full_finetune_distributed": (WholeOptions, ""),
+    "full_finetune_distributed": (FullRun, ""),
     "dpo_distributed": (PreferenceRun, "pairs"),
     "kto_distributed": (KtoRun, "verdicts"),
     "reward_distributed": (RewardRun, "pairs"),
@@ -92,11 +100,22 @@ RUNS = {
 
 
 def recipe_of(config: str, overrides: list[str]) -> str:
-    """The recipe of a config: by a group of options that only it has, in the file or on the command line, else by its name."""
-    node = compose_file(find_config(config))
+    """The recipe of a config, in this order: by a group of options that only one recipe has, in the file or on the command line;
+    by the command in the file's header, which copies keep; by the end of its name; by its group `lora`.
+
+    Raises UserError where nothing tells.
+    """
+    file = find_config(config)
+    node = compose_file(file)
     groups = [key.value for key, _ in node.value] if node is not None and isinstance(node.value, list) else []
     given = {*groups, *(text.partition(".")[0] for text in overrides)}
-    return next((f"{group}_distributed" for group in ("dpo", "kto", "reward") if group in given), recipe_for(config))
+    commands = re.findall(r"^# +tune run [^#\n]*?(\w+) --config", file.read_text(encoding="utf-8"), re.MULTILINE)
+    told = [f"{group}_distributed" for group in ("dpo", "kto", "reward") if group in given]
+    told += [command for command in commands if command in recipe_names()]
+    told += [recipe for recipe in (recipe_for(config), "lora_single_device" if "lora" in given else "") if recipe]
+    if not told:
+        raise UserError(f"{config} does not tell which recipe it is for: add --recipe lora_single_device, or another (tune ls)")
+    return told[0]
 
 
 def validate(config: str, overrides: list[str], recipe: str = "") -> None:
@@ -113,11 +132,15 @@ def validate(config: str, overrides: list[str], recipe: str = "") -> None:
     check_model(cfg, tokenizer, *datasets)
 
 
-def show_data(config: str, overrides: list[str], examples: int) -> None:
-    """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour."""
+def show_data(config: str, overrides: list[str], examples: int, recipe: str = "") -> None:
+    """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour.
+
+    `recipe`: as in validate.
+    """
     from torchft.data.report import render_example, report, wants_color
 
-    options, kind = RUNS.get(recipe_of(config, overrides), (Options, ""))
+    recipe = find_recipe(recipe).stem if recipe else recipe_of(config, overrides)
+    options, kind = RUNS.get(recipe, (Options, ""))
     cfg = read_config(options, config, overrides, training=False)
     tokenizer, loader, valid = load_data(cfg, kind)
     print(report(loader.dataset, loader))

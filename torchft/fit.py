@@ -7,13 +7,18 @@ import numpy as np
 from torchft.data.dataset import Dataset
 from torchft.data.tokenizer import Tokenizer
 from torchft.errors import UserError
+from torchft.modules.rope import BY_LENGTH
 from torchft.modules.transformer import CausalLM, TransformerConfig
 from torchft.modules.vocab import untrained_rows
 
 
 def check_ids(config: TransformerConfig, tokenizer: Tokenizer, *datasets: Dataset | None) -> None:
-    """Raises UserError, naming the token, if the data holds an id for which the model has no row."""
+    """Raises UserError, naming the token, if the data holds an id for which the model has no row.
+
+    Also where two answers share a prompt that the model's RoPE would rotate for each of them in another way.
+    """
     for dataset in datasets:
+        _check_branches(config, dataset)
         largest = 0 if dataset is None else int(dataset.ids.max())
         if largest >= config.vocab_size:
             raise UserError(
@@ -21,6 +26,21 @@ def check_ids(config: TransformerConfig, tokenizer: Tokenizer, *datasets: Datase
                 f"({tokenizer.decode([largest], skip_special=False)!r}), but the model has {config.vocab_size:,} rows: "
                 "tokenizer and config.json are of two models, or a token was added without lora.new_tokens"
             )
+
+
+def _check_branches(config: TransformerConfig, dataset: Dataset | None) -> None:
+    if dataset is None or dataset.parts is None:  # no pairs
+        return
+    by_length = [rope for rope in (config.rope, *config.layer_ropes) if rope.kind in BY_LENGTH]
+    limit = min((rope.original_max_positions for rope in by_length), default=0)
+    trunk, chosen = dataset.parts.T
+    longest = int(np.maximum(trunk + chosen, dataset.lengths - chosen).max())
+    if by_length and longest > limit:
+        raise UserError(
+            f"{dataset.key}: a prompt with an answer takes {longest:,} tokens. Beyond {limit:,} this model's RoPE "
+            f"({by_length[0].kind}) goes by the length of each text, and the two answers of a pair share one prompt: lower "
+            "data.max_seq_len"
+        )
 
 
 def warn_of_misfits(

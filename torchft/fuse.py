@@ -3,7 +3,7 @@
     log.print(str(fuse(model, cfg.model.kernels, device)))     # delete it, and everything works as before
 
 Blocks become FusedBlocks (fused_block.py; with an FP8 base fused_fp8.py), which hold the very same submodules: names,
-parameters, state dict and dtypes stay. Whatever a kernel does not cover (generation with a cache, adapters switched off) runs
+parameters, state dict and dtypes stay. Whatever a kernel does not cover (generation with a cache) runs
 in the plain forward; what is skipped altogether is said. Left out: fused blocks for full fine-tuning, whose weights are
 trained, and for families whose blocks compute something else (Gemma, OLMo 2, Granite, GLM-4).
 """
@@ -94,6 +94,8 @@ def _why_not(model: CausalLM) -> str:
     in_fp8 = _in_fp8(layers)
     if any(in_fp8) and not all(in_fp8):
         return "some of their linears are FP8 and some are not"
+    if any(in_fp8) and layers[0].self_attn.packed:
+        return "q, k and v, and gate and up, are one FP8 linear each"
     return _other_maths(model.config)
 
 

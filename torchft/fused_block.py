@@ -44,7 +44,7 @@ class FusedBlock(Block):
         self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
     ) -> Tensor:
         """As Block.forward."""
-        if cache is not None or not all(layer.enabled for layer in self.adapted):
+        if cache is not None:
             return super().forward(h, cos, sin, mask, cache, start)
         attention, mlp, eager = self.self_attn, self.mlp, self.eager
         flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
@@ -62,6 +62,11 @@ class FusedBlock(Block):
         group, bias = self._group(mlp, DOWN)
         y = lora_swiglu_linear(gate_up, group, bias, "silu", eager, self.replayed)
         return (total if self.replayed else total + y).view(h.shape)
+
+    @property
+    def scale(self) -> float:
+        """Of all adapters of the model; 0 where they are switched off, so that a reference comes out of the very same products."""
+        return self.adapted[0].scale if self.adapted[0].enabled else 0.0
 
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, plain = self.self_attn, "rope" in self.eager
@@ -82,17 +87,16 @@ class FusedBlock(Block):
         linears = [getattr(parent, name) for name in names]
         adapters = [adapter_of(linear) for linear in linears]
         a, b = [pair[0] for pair in adapters], [pair[1] for pair in adapters]
-        scale = self.adapted[0].scale  # one for all of a model
         biases = [linear.bias for linear in linears]
         bias = None if biases[0] is None else torch.cat(biases)
         if self.base_stays and not any(isinstance(linear.weight, nf4.NF4Tensor) for linear in linears):
             extended = self._extended(names[0], linears, a, b)
             # Each time: a fused optimizer's step shows in no version counter.
-            write_adapters(extended, a, b, scale, eager=not extended.is_cuda)
-            return Group([extended], "p", a, b, scale), bias
+            write_adapters(extended, a, b, self.scale, eager=not extended.is_cuda)
+            return Group([extended], "p", a, b, self.scale), bias
         kinds = "".join("n" if isinstance(linear.weight, nf4.NF4Tensor) else "d" for linear in linears)
         base = [part for linear in linears for part in nf4.storage(linear.weight)]
-        return Group(base, kinds, a, b, scale), bias
+        return Group(base, kinds, a, b, self.scale), bias
 
     def _extended(self, key: str, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor]) -> Tensor:
         """The kept E, of which the frozen weights are views; made when they first come, and again when they are replaced."""

@@ -11,7 +11,7 @@ Legend: B batch, T tokens, D hidden, O output width.
 import torch
 from torch import Tensor, nn
 
-from torchft.fused_block import DOWN, GATE_UP, QKV, FusedBlock, O, adapter_of
+from torchft.fused_block import DOWN, FusedBlock, O, adapter_of
 from torchft.kernels.fp8_linear import Fp8Group, above_each_other, fp8_linear, with_adapters
 from torchft.kernels.fp8_mlp import Mlp, fp8_mlp
 from torchft.kernels.fp8_norm_linear import fp8_norm_linear
@@ -32,17 +32,17 @@ class FusedFp8Block(FusedBlock):
         self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
     ) -> Tensor:
         """As Block.forward."""
-        if cache is not None or not all(layer.enabled for layer in self.adapted):
+        if cache is not None:
             return Block.forward(self, h, cos, sin, mask, cache, start)
         attention, mlp, eager = self.self_attn, self.mlp, self.eager
         flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
         norm = self.input_layernorm
-        flat, qkv = fp8_norm_linear(flat, norm.weight, norm.eps, *self._fp8_group(attention, QKV), eager)
+        flat, qkv = fp8_norm_linear(flat, norm.weight, norm.eps, *self._fp8_group(attention, self.qkv), eager)
         q, k, v = self._rotated(qkv.view(*h.shape[:2], -1), cos, sin)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         delta = fp8_linear(y.reshape(len(flat), -1), *self._fp8_group(attention, O), eager)
         norm = self.post_attention_layernorm
-        groups = *self._fp8_group(mlp, GATE_UP), *self._fp8_group(mlp, DOWN)
+        groups = *self._fp8_group(mlp, self.gate_up), *self._fp8_group(mlp, DOWN)
         total, y = fp8_mlp(flat, delta, Mlp(norm.weight, norm.eps, *groups, eager, self.replayed))
         return (total if self.replayed else total + y).view(h.shape)
 
@@ -58,7 +58,7 @@ class FusedFp8Block(FusedBlock):
                 flipped = self.flipped[names[0]] = transpose(weights[0], eager="fp8" in self.eager)
         row_scale, ones = self._scales(names[0], linears)
         dtype = self.input_layernorm.weight.dtype
-        return with_adapters((weights, row_scale, flipped, ones), list(a), list(b), self.adapted[0].scale, dtype), bias
+        return with_adapters((weights, row_scale, flipped, ones), list(a), list(b), self.scale, dtype), bias
 
     def _scales(self, key: str, linears: list[nn.Linear]) -> tuple[Tensor, Tensor]:
         """Of the weights' rows, (O,), and of those of their transpose, (D,), which are one. Kept until a linear gets others."""

@@ -124,11 +124,11 @@ def configs_for(recipe: str) -> list[str]:
 
 
 def recipe_for(config: str) -> str:
-    """The recipe that a config is for, by the method that its name or file name ends in; without one, lora_single_device."""
+    """The recipe that a config is for, by the method that its name or file name ends in; "" without one."""
     name = _without_torchtune_suffix(config.removesuffix(".yaml").removesuffix(".yml"))
     method = re.split(r"[_/]", name)[-1]
     recipes = [recipe for recipe in reversed(recipe_names()) if method in METHODS.get(recipe.split("_")[0], ())]
-    return next(iter(recipes), "lora_single_device")
+    return next(iter(recipes), "")
 
 
 def find_recipe(name: str) -> Path:

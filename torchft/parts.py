@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from torchft.atomic import atomic_directory, write_bytes
+from torchft.atomic import atomic_directory, unwritable, write_bytes
 from torchft.checkpoint import (
     RNG_FILE,
     STATE_FILE,
@@ -106,7 +106,10 @@ class PartsWriter:
     ) -> None:
         final = checkpoint_path(self.out, facts["step"])
         if rank() > 0:
-            self._write_part(tensors, final)
+            try:
+                self._write_part(tensors, final)
+            except OSError as error:  # on this process or another
+                raise unwritable(final, error) from None
             return
         remove_leftovers(self.out)
         needed = len(text) + sum(tensor.numel() * tensor.element_size() for tensor in (tensors | generators).values())

@@ -1,6 +1,7 @@
 """Preference rows: every shape that a pair or a verdict comes in, what is trained of it, and what becomes of bad ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torchft.data.report import report
 from torchft.data.tokenizer import load_tokenizer
 from torchft.dry_run import sources_kind
 from torchft.errors import UserError
+from torchft.fit import check_ids
+from torchft.models import model_config, read_config
+from torchft.modules.rope import RopeConfig
 
 Q, A, B = ({"role": role, "content": text} for role, text in (("user", "why?"), ("assistant", "yes"), ("assistant", "no no")))
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -192,3 +196,20 @@ def test_shared_files_are_read(shared_data: Path) -> None:
         cfg = DataConfig(train=[SourceConfig(path=str(shared_data / f"preference/{name}.json"))], max_seq_len=20_000)
         dataset = build_dataset(cfg.train, cfg, TOKENIZER, TEMPLATE, kind=kind, use_cache=False, quiet=True)
         assert dataset.reports[0].used == used and not dataset.reports[0].reasons
+
+
+def test_pairs_longer_than_a_rope_that_goes_by_length_are_refused(tmp_path: Path) -> None:
+    """Beyond the original context each answer would want its prompt rotated by its own length."""
+    dataset = build(tmp_path, [PAIRS["text"]])
+    trunk, chosen = dataset.parts[0]
+    longest = max(trunk + chosen, dataset.lengths[0] - chosen)
+    factors = {"short_factors": (1.0,) * 4, "long_factors": (2.0,) * 4}
+    for kind, more in (("longrope", factors), ("dynamic", {"factor": 2.0})):
+        for limit, fits in ((longest, True), (longest - 1, False)):
+            rope = RopeConfig(8, kind=kind, original_max_positions=int(limit), **more)
+            config = replace(model_config(read_config(ASSETS / "tiny_llama")), rope=rope, head_dim=8)
+            if fits:
+                check_ids(config, TOKENIZER, dataset, None)
+                continue
+            with pytest.raises(UserError, match=rf"takes {longest:,} tokens. Beyond {limit:,} this model's RoPE \({kind}\)"):
+                check_ids(config, TOKENIZER, dataset, None)

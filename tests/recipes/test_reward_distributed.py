@@ -1,11 +1,13 @@
 """A reward model as a whole: what transformers makes of the result, one curve however a step is cut, resume bit for bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from processes import problems, run_processes
 from test_dpo_distributed import STEPS
 from test_dpo_trl import sequences
@@ -17,12 +19,15 @@ from torchft.config import ASSETS
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import build_datasets
 from torchft.data.loader import make_batch
+from torchft.data.tokenize import stop_ids
 from torchft.data.tokenizer import load_tokenizer
-from torchft.errors import ConfigError
+from torchft.errors import ConfigError, UserError
+from torchft.models import CLASSIFIERS, FAMILIES, build_reward_model, granite, read_config
 from torchft.modules.score import RewardModel, last_tokens
 from torchft.modules.transformer import CausalLM
 from torchft.parse import parse
 from torchft.recipes import reward_distributed as recipe
+from torchft.reward_export import padding_token
 
 SHORT = ("run.max_steps=3",)
 RECOMPUTED = "model.activation_checkpointing=full"
@@ -71,6 +76,8 @@ def test_transformers_loads_the_result_and_scores_alike(small_model: Path, pair_
     assert type(model).__name__ == "LlamaForSequenceClassification" and model.config.num_labels == 1
     pad = model.config.pad_token_id
     assert pad != tokenizer.eos_id
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer.special_tokens[settings["pad_token"]] == pad  # who pads by the tokenizer pads alike
     pairs = [sequences(valid, sample)[0] for sample in range(len(valid))]
     width = max(len(ids) for pair in pairs for ids in pair)
     rows = torch.tensor([ids + [pad] * (width - len(ids)) for pair in pairs for ids in pair])
@@ -125,8 +132,6 @@ def test_packed_pairs_have_the_scores_of_single_answers(small_model: Path, pair_
     tokenizer = load_tokenizer(ASSETS / "tiny_llama")
     train_set, _ = build_datasets(cfg.data, tokenizer, load_template("", tokenizer), 0, kind="pairs", quiet=True)
     torch.manual_seed(0)
-    from torchft.models import build_reward_model, read_config
-
     model = build_reward_model(read_config(small_model))
     CausalLM.init_weights(model, torch.Generator().manual_seed(0))
     assert isinstance(model, RewardModel)
@@ -144,3 +149,30 @@ def test_packed_pairs_have_the_scores_of_single_answers(small_model: Path, pair_
 def test_what_a_reward_model_has_no_use_for_is_refused(small_model: Path, pair_data: Path, tmp_path: Path, given: str) -> None:
     with pytest.raises(ConfigError, match="has no use in a reward model"):
         options(small_model, pair_data, tmp_path, given)
+
+
+def test_what_a_reward_model_pads_with(tmp_path: Path) -> None:
+    """The tokenizer's own padding token, its BOS, or another control token; never one that an answer ends in."""
+    tokenizer = load_tokenizer(ASSETS / "tiny_llama")
+    template = load_template("", tokenizer)
+    ends = {token for token, number in tokenizer.special_tokens.items() if number in stop_ids(tokenizer, template)}
+    others = set(tokenizer.special_tokens) - ends
+    for named, expected in [
+        ({"bos_token": tokenizer.bos_token}, {tokenizer.bos_token}),
+        ({"pad_token": min(others), "bos_token": tokenizer.bos_token}, {min(others)}),
+        ({"pad_token": min(ends)}, others),
+        ({}, others),
+    ]:
+        token, number = padding_token(replace(tokenizer, named={"eos_token": tokenizer.eos_token} | named), template)
+        assert token in expected and tokenizer.special_tokens[token] == number
+    poor = replace(tokenizer, named={"eos_token": tokenizer.eos_token}, special_tokens={t: tokenizer.special_tokens[t] for t in ends})
+    with pytest.raises(UserError, match="every control token ends an answer"):
+        padding_token(poor, None)
+
+
+def test_a_family_without_a_classifier_is_refused_before_training() -> None:
+    """And every other one is a class that transformers has."""
+    assert all(name in dir(transformers) for name in CLASSIFIERS.values())
+    assert set(FAMILIES) - set(CLASSIFIERS) == {"GraniteForCausalLM"}
+    with torch.device("meta"), pytest.raises(ValueError, match="GraniteForCausalLM has no ...ForSequenceClassification"):
+        build_reward_model(granite.SIZES["Granite-3.3-2B"])
