@@ -46,10 +46,15 @@ def atomic_directory(final: Path, facts: dict[str, Any], needed_bytes: int) -> I
         fsync(final.parent)
     except (OSError, SafetensorError) as error:  # disk full, quota, file too large, read-only, I/O error
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"could not write {final}: {error}; what was there before is untouched. Free space, mend the disk or "
-            "choose another place (run.out), then continue with run.resume=auto"
-        ) from None
+        raise not_written(final, error) from None
+
+
+def not_written(final: Path, error: OSError | SafetensorError) -> UserError:
+    """What a user reads when the disk fails while `final` is written."""
+    return UserError(
+        f"could not write {final}: {error}; what was there before is untouched. Free space, mend the disk or "
+        "choose another place (run.out), then continue with run.resume=auto"
+    )
 
 
 def _check_free_space(folder: Path, needed_bytes: int) -> None:
