@@ -39,7 +39,7 @@ ROWS = {
     "test_signals": Row("SIGTERM to one process", "load, first step, step, eval, answers, save: saved at that step, bitwise after", 30),
     "test_damage": Row("Damaged files", "1,000 byte flips and 200 structural damages: 0 loaded as if they were whole", 1_200),
     "test_failing_processes": Row(
-        "One process fails under tune run", "raise, MemoryError, SIGKILL, stall at 6 points on 2 and 4: down in time, the cause last", 16
+        "One process fails under tune run", "raise, MemoryError, SIGKILL, stall at 6 points on 2 and 4: down in time, the cause last", 18
     ),
     "test_changed_runs": Row("Another world size, another config", "2 -> 1 -> 4: each row once an epoch; an edited option refused or said", 100),
     "test_bad_inputs": Row(
