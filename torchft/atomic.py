@@ -87,6 +87,8 @@ def _manifest_text(content: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete directory: the facts it was saved with, and `files`. Raises UserError if damaged."""
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise UserError(f"{path} is not a regular file")
     try:
         text = path.read_bytes().decode()
         content = json.loads(text)["manifest"]

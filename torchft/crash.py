@@ -38,7 +38,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             print(text, file=sys.stderr)
         if GAVE_UP.search(text):  # the one that it waited for may tell where it stands, before the launcher ends it
-            time.sleep(LOOKING_SECONDS + 2)
+            time.sleep(LOOKING_SECONDS + 4)
         # Not SystemExit: shutting down communicators with the other ranks waiting in a collective can hang for minutes.
         sys.stderr.flush()
         os._exit(code)

@@ -181,22 +181,23 @@ def _why_not_compiled(subject: Subject) -> str:
 
 
 def _kernel_cases(subject: Subject) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """(name, kernels that stay eager, why skipped): the folded blocks alone, each kernel alone, all of them together."""
+    """(name, kernels that stay eager, why skipped): each kernel alone in the folded blocks, then all of them together."""
+    folded, nowhere = _why_not_folded(subject), why_no_kernels(subject.device)
+    for name in KERNELS:
+        used = {name} if name == "cross_entropy" else {name, "lora"}
+        reasons = [nowhere if name != "lora" else ""]  # which folds products by torch, on any machine
+        reasons += [folded] if "lora" in used else []
+        reasons += ["nothing is quantised"] if name == "nf4" and subject.cfg.model.quantize != "nf4" else []
+        yield name, tuple(other for other in KERNELS if other not in used), next(filter(None, reasons), "")
+    yield "all kernels", (), nowhere
+
+
+def _why_not_folded(subject: Subject) -> str:
     with torch.device("meta"):
         model = build_model(subject.model_config)
     if isinstance(subject.cfg, Options):
         add_adapter(model, subject.cfg.lora, subject.new_ids)
-    folded = swap(model, tuple(name for name in KERNELS if name != "lora")).skipped
-    nowhere = why_no_kernels(subject.device)
-    for name in KERNELS:
-        others = tuple(other for other in KERNELS if other not in (name, "lora"))
-        skipped = nowhere if name != "lora" else ""  # which folds products by torch, on any machine
-        if name == "cross_entropy":
-            yield name, (*others, "lora"), skipped
-        else:
-            unused = "" if name != "nf4" or subject.cfg.model.quantize == "nf4" else "nothing is quantised"
-            yield name, others, folded or skipped or unused
-    yield "all kernels", (), nowhere
+    return swap(model, tuple(name for name in KERNELS if name != "lora")).skipped
 
 
 def _why_not_divided(subject: Subject) -> str:

@@ -69,7 +69,7 @@ def test_nothing_differs(
     found = run(config(kind, *more), capsys)
     assert {"one row at a time", "packed rows", "recomputed, full"} <= {name for name, text in found.items() if text.endswith("equal")}
     if kind == "full":
-        assert found["kernel rope"] == "skipped: their own weights are trained"
+        assert found["kernel lora"] == "skipped: their own weights are trained"
 
 
 def only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

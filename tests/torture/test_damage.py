@@ -41,10 +41,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     return out / "step_000005"
 
 
-def refused(folder: Path) -> None:
+def assert_refused(folder: Path, what: str) -> None:
     """Neither by its name nor by `auto` is it taken."""
-    with pytest.raises(UserError):
+    try:
         verify_checkpoint(folder)
+        pytest.fail(f"{what} was taken for whole")
+    except UserError:
+        pass
     assert find_checkpoint(folder.parent, "auto", {}, lambda text: None) is None
 
 
@@ -55,7 +58,7 @@ def test_any_flipped_byte_of_a_checkpoint(checkpoint: Path, tally: Callable) -> 
     for turn in range(number):
         path = files[turn % len(files)]
         with changed(path, flipped(path.read_bytes(), random)):
-            refused(checkpoint)
+            assert_refused(checkpoint, path.name)
     verify_checkpoint(checkpoint)
     tally(number, "flips in checkpoints")
 
@@ -108,7 +111,7 @@ def test_structural_damage_of_a_checkpoint(checkpoint: Path, tmp_path: Path, tal
         else:
             one.unlink()
             one.mkdir()
-        refused(copy)
+        assert_refused(copy, f"{how} {one.name} {other.name}")
         shutil.rmtree(copy)
     tally(number, "structural damages of checkpoints")
 

@@ -50,7 +50,7 @@ PLACES = {"load": "load_weights", "data": "build_datasets", "step": "batch_loss"
 ENDS = {LORA: {"save": "save_checkpoint", "export": "save_adapter"}, FULL: {"save": "PartsWriter._write_part", "export": "save_model"}}
 PATIENCE = 8  # seconds
 RUNS = [
-    (LORA, 2, "validation", RAISE), (FULL, 2, "load", STALL), (FULL, 2, "data", MEMORY), (LORA, 2, "data", KILL),
+    (FULL, 2, "load", STALL), (LORA, 2, "validation", RAISE), (FULL, 2, "data", MEMORY), (LORA, 2, "data", KILL),
     (LORA, 2, "step", STALL), (FULL, 2, "step", KILL), (LORA, 2, "load", RAISE), (FULL, 2, "validation", MEMORY),
     (FULL, 2, "save", KILL), (LORA, 2, "save", STALL), (FULL, 2, "export", RAISE), (LORA, 2, "export", STALL),
     (LORA, 4, "load", KILL), (FULL, 4, "data", STALL), (LORA, 4, "step", MEMORY), (FULL, 4, "validation", KILL),

@@ -56,7 +56,7 @@ def signal_in(module: Any, function: str, call: int) -> None:
 @pytest.mark.parametrize("runs", WAYS if scaled(0, 1) else WAYS[-1:], ids=str, indirect=True)
 def test_to_one_process_in_any_phase(runs: Runs, tally: Callable) -> None:
     random, slowest = random_of("signal", runs.recipe, runs.processes), 0.0
-    phases = random.sample(sorted(PHASES), scaled(2, len(PHASES)))
+    phases = ["validation", *random.sample(sorted(PHASES.keys() - {"validation"}), scaled(1, len(PHASES) - 1))]
     for phase in phases:
         function, call, step = PHASES[phase]
         one, began = random.randrange(runs.processes), time.monotonic()
