@@ -20,7 +20,8 @@ from torchft.ranks import rank
 MODELS = (Path(__file__).parent / "models").resolve()
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 GAVE_UP = re.compile(r"time(d )?out", re.IGNORECASE)  # an error of a process that waited for another in vain
-LOOKING_SECONDS = 1  # between two looks at whether another process has failed
+LOOKING_SECONDS = 0.5  # between two looks at whether another process has failed
+SPEAKING_SECONDS = 2  # for all of them to have looked, and said where they stand, before the first one leaves
 
 
 def install_excepthook() -> None:
@@ -38,7 +39,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             print(text, file=sys.stderr)
         if GAVE_UP.search(text):  # the one that it waited for may tell where it stands, before the launcher ends it
-            time.sleep(LOOKING_SECONDS + 4)
+            time.sleep(LOOKING_SECONDS + 2 * SPEAKING_SECONDS)
         # Not SystemExit: shutting down communicators with the other ranks waiting in a collective can hang for minutes.
         sys.stderr.flush()
         os._exit(code)
@@ -53,7 +54,7 @@ def another_failed() -> bool:
 
 
 def leave_when_another_fails() -> None:
-    """From now on this process ends within a second or two of another one of this machine, wherever it is: most likely in a
+    """From now on this process ends within three seconds of another one of this machine, wherever it is: most likely in a
     collective that the other will never join. Where it stood goes into its error file, for the case that it was
     this one that the others had been waiting for.
     """
@@ -70,6 +71,7 @@ def _watch(error_file: str) -> None:
     if os.path.exists(error_file):
         return  # it is on its way out itself
     write_error_file(error_file, "another process failed", "it left because another process failed", 1, stack)
+    time.sleep(SPEAKING_SECONDS)  # the launcher ends all as soon as one has left
     os._exit(1)
 
 

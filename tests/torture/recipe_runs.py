@@ -75,7 +75,10 @@ class Runs:
         assert codes == [0] * self.processes, self.said
         log, tensors = self.result(name)
         assert log == self.expected[0]
-        assert_same(tensors, self.expected[1])
+        # Killed while the last save pruned, a run has no later save to remove an older checkpoint that was to go.
+        last = f"step_{STEPS:06d}"
+        assert all(key.startswith("step_") and key < last for key in tensors.keys() - self.expected[1].keys())
+        assert_same({key: tensors[key] for key in tensors.keys() & self.expected[1].keys()}, self.expected[1])
         shutil.rmtree(self.out(name))
 
     def result(self, name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:

@@ -42,7 +42,7 @@ def test_no_room_behind_any_byte(victim: Victim, tally: Callable) -> None:
     tally(victim.points, "offsets")
 
 
-@pytest.mark.parametrize("victim", WAYS, ids=NAMES, indirect=True)
+@pytest.mark.parametrize("victim", WAYS if scaled(0, 1) else WAYS[::3], ids=str, indirect=True)
 def test_a_file_operation_that_fails(victim: Victim, tally: Callable) -> None:
     """Whatever the first thing is that no longer works, no traceback: the error names the place, and the run can go on."""
     for rank, listed in enumerate(victim.operations):

@@ -212,10 +212,10 @@ def test_headers_that_promise_too_much(small_model: Path, tmp_path: Path, safe: 
     base = tmp_path / "base"
     shutil.copytree(small_model, base)
     file = base / "model.safetensors"
-    many = {f"model.layers.{i}.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    many = {f"model.layers.{i}.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(scaled(20_000, 100_000))}
     huge = {"model.norm.weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}
     deep = b'{"a":' * 50_000
-    headers = [json.dumps(many).encode(), json.dumps(huge).encode(), deep, b"[" * 10**6, b" " * 10**6, b'{"__metadata__":{"x":"' + b"y" * 10**7 + b'"}}']
+    headers = [json.dumps(many).encode(), json.dumps(huge).encode(), deep, b"[" * 10**6, b" " * 10**6]
     contents = [len(header).to_bytes(8, "little") + header for header in headers]
     contents += [size.to_bytes(8, "little") + b"{}" for size in (2**63, 2**40, 10**8, 100_000_001, 3)]
     for content in contents:
