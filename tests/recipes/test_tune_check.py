@@ -36,14 +36,20 @@ def table(printed: str) -> dict[str, str]:
     return {line[:24].strip(): line[24:].strip() for line in rows}
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, str]:
-    if code:
-        with pytest.raises(SystemExit) as left:
-            main(["check", *arguments])
-        assert left.value.code == code
-    else:
+def printed_by(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
+    """What `tune check` prints, and it leaves with `code`."""
+    left = 0
+    try:
         main(["check", *arguments])
-    return table(capsys.readouterr().out)
+    except SystemExit as error:
+        left = error.code
+    printed = capsys.readouterr().out
+    assert left == code, printed
+    return printed
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, str]:
+    return table(printed_by(arguments, capsys, code))
 
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs, and no kernel be skipped")
@@ -52,8 +58,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="two process
 @needs_no_gpu
 def test_nothing_differs_on_two_processes_either(config: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     """As users call it; on a machine without a GPU the kernels are skipped with the reason."""
-    main(["check", *config("lora", "lora.dropout=0.2"), "--rows", "3"])
-    printed = capsys.readouterr().out
+    printed = printed_by([*config("lora", "lora.dropout=0.2"), "--rows", "3"], capsys)
     assert printed.splitlines()[-1] == VERDICT and "exempt: lora.dropout=0.2" in printed
     found = table(printed)
     assert found["two processes"].endswith("equal") and found["kernel lora"].endswith("equal")
@@ -163,6 +168,8 @@ def test_the_difference_is_relative_to_each_tensor() -> None:
     expected = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0, 1e-9])}
     assert difference({"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0, 1e-9])}, expected) == (pytest.approx(0.1), "a")
     assert difference({"a": expected["a"], "b": torch.tensor([0.0, 5e-1])}, expected) == (pytest.approx(0.1), "b")
+    small = {"a": expected["a"], "b": torch.tensor([0.0, 1e-3])}
+    assert difference({"a": expected["a"], "b": torch.tensor([0.0, 2e-3])}, small) == (pytest.approx(1.0), "b")
     assert difference({"a": torch.tensor([3.0, float("nan")]), "b": expected["b"]}, expected)[0] == float("inf")
     with pytest.raises(UserError, match="all zero"):
         difference({"a": torch.zeros(2)}, {"a": torch.zeros(2)})
