@@ -1,5 +1,6 @@
 # make demo    the main job on the shipped tiny model, from nothing: environment, installation, training, verified adapter
 # make test    all tests, with their own set-up         make style    what exceeds the project's size budgets
+# make torture faults of every kind, all of them (make test runs a few); writes docs/TORTURE.md, half an hour on 2 cores
 # make mutants every planted bug is seen to be caught   make clean    removes the environment and the demo's output
 
 VENV := .venv
@@ -14,7 +15,7 @@ WORKERS := n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -le 8 
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test style mutants clean
+.PHONY: demo test torture style mutants clean
 .SILENT:
 
 demo: $(VENV)/.installed
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n "$$($(WORKERS))"
+
+torture: $(VENV)/.installed-test
+	TORTURE=all $(BIN)/python -m pytest -q -n "$$($(WORKERS))" tests/torture
 
 style: $(VENV)/.installed
 	$(BIN)/python scripts/style.py

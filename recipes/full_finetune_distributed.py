@@ -175,8 +175,7 @@ def main(cfg: Config) -> None:
         profiler.step()
 
         writer.check()  # a save that failed ends the run
-        last, stopping = step == loader.total_steps, highest(stop.exit_code)  # 0: nobody asked
-        valid_loss = None
+        last, valid_loss = step == loader.total_steps, None
         if valid and (last or (run.eval_every and step % run.eval_every == 0)):
             with log.paused():
                 cells = {"micro_batch_size": run.micro_batch_size, "rank": rank(), "world_size": world_size()}
@@ -184,6 +183,7 @@ def main(cfg: Config) -> None:
                 valid_loss = evaluate(model, held_out, device)
                 log.validation(step, valid_loss=valid_loss)
                 show(answer_examples(model, tokenizer, template, samples, **answering), log)
+        stopping = highest(stop.exit_code)  # 0: nobody asked, not even while it was validated
         improved = run.keep_best and valid_loss is not None and valid_loss < best_loss
         if last or improved or stopping or (run.save_every and step % run.save_every == 0):
             with log.paused():

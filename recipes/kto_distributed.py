@@ -224,14 +224,14 @@ def main(cfg: Config) -> None:
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 
-        last, stopping = step == loader.total_steps, highest(stop.exit_code)  # 0: nobody asked
-        valid_loss = None
+        last, valid_loss = step == loader.total_steps, None
         if valid and (last or (run.eval_every and step % run.eval_every == 0)):
             with log.paused():
                 found = evaluate(model, valid, device, cfg.kto, **cells)
                 valid_loss = found["valid_loss"]
                 log.validation(step, **found)
                 show(answer_examples(model, tokenizer, template, samples, **answering), log)
+        stopping = highest(stop.exit_code)  # 0: nobody asked, not even while it was validated
         improved = run.keep_best and valid_loss is not None and valid_loss < best_loss
         if last or improved or stopping or (run.save_every and step % run.save_every == 0):
             with log.paused():

@@ -215,6 +215,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "file renamed": lambda d: os.rename(d / "state.json", d / "State.json"),
     "files swapped": lambda d: swap(d / "params.safetensors", d / "optimizer.safetensors"),
     "link instead of file": lambda d: link(d / "params.safetensors"),
+    "link instead of the manifest": lambda d: link(d / "manifest.json"),
     "directory instead of file": lambda d: ((d / "state.json").unlink(), (d / "state.json").mkdir()),
     "manifest missing": lambda d: (d / "manifest.json").unlink(),
     "manifest emptied": lambda d: os.truncate(d / "manifest.json", 0),

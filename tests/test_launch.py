@@ -378,6 +378,17 @@ def test_a_killed_rank_comes_before_those_that_noticed(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("\nrank 2 failed first (after it: rank 0):\nit was ended by SIGKILL")
 
 
+def test_a_lost_connection_is_never_the_cause(tmp_path, capsys):
+    """The launcher notices a killed process when the others have long written why they left: whole seconds later on a busy machine."""
+    write_error(tmp_path, 0, 100.7, "RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:41")
+    write_error(tmp_path, 1, 100.8, "RuntimeError: Connection reset by peer")
+    failures = {0: Ended(1), 1: Ended(1), 2: Ended(-signal.SIGKILL, 103), 3: Ended(-signal.SIGTERM, 100)}
+    assert launch.print_failure(failures, str(tmp_path)) == 137
+    assert capsys.readouterr().err.startswith("\nrank 2 failed first (after it: rank 0, 1):\nit was ended by SIGKILL")
+    assert launch.print_failure({0: Ended(1), 1: Ended(1), 2: Ended(-signal.SIGKILL, 800)}, str(tmp_path)) == 1  # long after
+    assert capsys.readouterr().err.startswith("\nrank 0 failed first")
+
+
 def test_only_the_last_attempt_counts_and_broken_files_do_not(tmp_path, capsys):
     write_error(tmp_path, 0, 100.1, "old attempt")
     old = tmp_path / "run" / "attempt_0"

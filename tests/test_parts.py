@@ -180,6 +180,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(
     assert on_processes(2, tmp_path, work) == [1, 1]
     assert problems(tmp_path).count("UserError: could not write ") == 2  # whichever is the first to be printed
     assert f"process {failing}: [Errno 28] No space left on device" in problems(tmp_path)
+    assert problems(tmp_path).count("UserError: could not write") == 2  # whichever is heard first, without a traceback
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["step_000001"]
     verify_checkpoint(tmp_path / "out/step_000001")
 

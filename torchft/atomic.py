@@ -46,11 +46,11 @@ def atomic_directory(final: Path, facts: dict[str, Any], needed_bytes: int) -> I
         fsync(final.parent)
     except (OSError, SafetensorError) as error:  # disk full, quota, file too large, read-only, I/O error
         shutil.rmtree(temporary, ignore_errors=True)
-        raise unwritable(final, error) from None
+        raise not_written(final, error) from None
 
 
-def unwritable(final: Path, error: Exception) -> UserError:
-    """What to say where a directory could not be written."""
+def not_written(final: Path, error: OSError | SafetensorError) -> UserError:
+    """What a user reads when the disk fails while `final` is written."""
     return UserError(
         f"could not write {final}: {error}; what was there before is untouched. Free space, mend the disk or "
         "choose another place (run.out), then continue with run.resume=auto"
@@ -87,6 +87,8 @@ def _manifest_text(content: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete directory: the facts it was saved with, and `files`. Raises UserError if damaged."""
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise UserError(f"{path} is not a regular file")
     try:
         text = path.read_bytes().decode()
         content = json.loads(text)["manifest"]

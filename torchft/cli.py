@@ -129,7 +129,11 @@ def _dry_run_commands(commands: Commands) -> None:
     summary = "report what becomes of a config's data, with coloured examples"
     data = _command(commands, "data", _data, summary, "tune data tiny/lora --examples 2")
     data.add_argument("--examples", type=int, default=3, metavar="N", help="training examples to print (default: 3)")
-    for parser in (validate, data):
+    summary = "see that a step of a config does not depend on how it is cut, packed, fused or divided on this machine"
+    check = _command(commands, "check", _check, summary, "tune check tiny/lora --rows 4")
+    check.add_argument("--rows", type=int, default=4, metavar="N", help="of the data's first step (default: 4)")
+    check.add_argument("--layers", type=int, default=0, metavar="N", help="of the model, with random weights (default: all that fit)")
+    for parser in (validate, data, check):
         parser.add_argument("--recipe", default="", help="that the config is for (default: what its header or name says)")
         parser.add_argument("config", help="a shipped config (tune ls) or a .yaml file")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the file")
@@ -246,6 +250,15 @@ def _data(args: argparse.Namespace) -> None:
     from torchft.dry_run import show_data
 
     show_data(args.config, args.overrides, args.examples, args.recipe)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.rows < 1 or args.layers < 0:
+        raise UserError(f"--rows is {args.rows} and --layers {args.layers}; write 1 or more rows, and 0 (all that fit) or more layers")
+    from torchft.tune_check import check
+
+    if not check(args.config, args.overrides, args.rows, args.layers, args.recipe):
+        sys.exit(1)
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ screen, for the launcher to print the first failing rank's last; `torchft/launch
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -18,6 +19,9 @@ from torchft.ranks import rank
 
 MODELS = (Path(__file__).parent / "models").resolve()
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+GAVE_UP = re.compile(r"time(d )?out", re.IGNORECASE)  # an error of a process that waited for another in vain
+LOOKING_SECONDS = 0.5  # between two looks at whether another process has failed
+SPEAKING_SECONDS = 2  # for all of them to have looked, and said where they stand, before the first one leaves
 
 
 def install_excepthook() -> None:
@@ -34,6 +38,8 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
         # With --max-restarts the launcher prints only the last attempt's failure.
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             print(text, file=sys.stderr)
+        if GAVE_UP.search(text):  # the one that it waited for may tell where it stands, before the launcher ends it
+            time.sleep(LOOKING_SECONDS + 2 * SPEAKING_SECONDS)
         # Not SystemExit: shutting down communicators with the other ranks waiting in a collective can hang for minutes.
         sys.stderr.flush()
         os._exit(code)
@@ -48,7 +54,7 @@ def another_failed() -> bool:
 
 
 def leave_when_another_fails() -> None:
-    """From now on this process ends within a second or two of another one of this machine, wherever it is: most likely in a
+    """From now on this process ends within three seconds of another one of this machine, wherever it is: most likely in a
     collective that the other will never join. Where it stood goes into its error file, for the case that it was
     this one that the others had been waiting for.
     """
@@ -59,12 +65,13 @@ def leave_when_another_fails() -> None:
 
 def _watch(error_file: str) -> None:
     while not another_failed():
-        time.sleep(1)
+        time.sleep(LOOKING_SECONDS)
     frame = sys._current_frames().get(threading.main_thread().ident)
     stack = "".join(traceback.format_stack(frame)).rstrip()
     if os.path.exists(error_file):
         return  # it is on its way out itself
     write_error_file(error_file, "another process failed", "it left because another process failed", 1, stack)
+    time.sleep(SPEAKING_SECONDS)  # the launcher ends all as soon as one has left
     os._exit(1)
 
 

@@ -1,5 +1,6 @@
 """Result directories that exist whole or not at all: written beside the final name, fsynced, renamed last."""
 
+import glob
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ def export_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside `final`; when the block ends well it is fsynced and renamed to `final`.
 
     With `replace`, a directory that is there already stays until the new one is complete, and steps aside by a rename.
+    What a killed export to the same `final` left is removed first: one at a time may write there.
     Unlike a checkpoint (atomic.py) the result holds nothing of ours: it is what other programs read.
 
     Raises:
@@ -30,6 +32,7 @@ def export_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         raise UserError(f"{final} exists already and is never written over; choose another directory or move it away")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final)
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error.strerror}") from None
@@ -47,7 +50,22 @@ def export_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         raise UserError(f"{final} cannot be written: {error}; free space or choose another directory") from None
     finally:
         if old.exists() and not final.exists():  # it failed between the two renames
-            os.rename(old, final)
+            _put_back(old, final)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _put_back(old: Path, final: Path) -> None:
+    try:
+        os.rename(old, final)
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error}; what was there before is {old}: move it back") from None
+
+
+def _remove_leftovers(final: Path) -> None:
+    """What an export to the same place left that was killed. Killed between the two renames, the old directory returns first."""
+    for work in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
+        if (work / "old").exists() and not final.exists():
+            os.rename(work / "old", final)
         shutil.rmtree(work, ignore_errors=True)
 
 

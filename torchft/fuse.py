@@ -47,13 +47,18 @@ def fuse(model: CausalLM, switches: dict[str, str], device: torch.device) -> Fus
         switches: kernel -> triton or eager, as `model.kernels` has them; on a CPU nothing is swapped.
     """
     eager = tuple(name for name in KERNELS if switches.get(name) == "eager")
-    if device.type != "cuda":
-        return FuseReport(0, False, eager, "Triton needs a GPU")
-    if missing := missing_compiler(device):
-        return FuseReport(0, False, eager, f"this machine lacks {missing}")
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return FuseReport(0, False, eager, "this GPU is older than Ampere")
+    if missing := why_no_kernels(device):
+        return FuseReport(0, False, eager, missing)
     return swap(model, eager)
+
+
+def why_no_kernels(device: torch.device) -> str:
+    """Why Triton's kernels cannot run on this device, or ""."""
+    if device.type != "cuda":
+        return "Triton needs a GPU"
+    if missing := missing_compiler(device):
+        return f"this machine lacks {missing}"
+    return "this GPU is older than Ampere" if torch.cuda.get_device_capability(device) < (8, 0) else ""
 
 
 def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:

@@ -20,12 +20,15 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from torchft.crash import GAVE_UP
 from torchft.errors import UserError
 from torchft.names import find_recipe
 
 TORCHRUN_OPTIONS = ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
 USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
 WAITING = os.path.join("torch", "distributed")  # where a process stands that waits for others
+LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|Connection refused")
+LOST_SECONDS = 30  # after which another failure is no longer what ended a connection
 SAVING_SECONDS = "600"  # that a job which is told to stop may take for its last checkpoint; the cluster may grant less
 NO_RECIPE = f"no recipe is given; {USAGE}; `tune ls` lists the recipes"
 
@@ -151,7 +154,7 @@ def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     for rank, failure in failures.items():
         if rank not in followers:
             known.setdefault(rank, describe_failure(rank, failure))
-    first = min((known or followers).values(), key=lambda failure: failure.time)
+    first = _first(list((known or followers).values()))
     others = sorted(rank for rank, failure in known.items() if rank != first.rank and failure.time < math.inf)
     more = f" (after it: rank {', '.join(map(str, others))})" if others else ""
     head = "" if first.text.startswith("error: ") else f"\nrank {first.rank} failed first{more}:\n"
@@ -159,9 +162,16 @@ def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     return first.exit_code
 
 
+def _first(failures: list[Failure]) -> Failure:
+    """The earliest; but one that lost its connection lost it to another, which the launcher may have seen die a moment later."""
+    first = min(failures, key=lambda failure: failure.time)
+    others = [failure for failure in failures if not LOST.search(failure.text) and failure.time < first.time + LOST_SECONDS]
+    return min(others, key=lambda failure: failure.time) if LOST.search(first.text) and others else first
+
+
 def _who_was_missing(first: Failure, followers: dict[int, Failure]) -> str:
     """Where those stood that the first failure had waited for in vain, if it is one of waiting; "" if it is not."""
-    if not re.search(r"time(d )?out", first.text, re.IGNORECASE):
+    if not GAVE_UP.search(first.text):
         return ""
     missing = [failure for failure in followers.values() if WAITING not in failure.stack.rpartition("  File ")[2]]
     return "".join(f"\n\nrank {failure.rank} had not come; it stood at\n{failure.stack}" for failure in missing)

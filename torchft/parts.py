@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from torchft.atomic import atomic_directory, unwritable, write_bytes
+from torchft.atomic import atomic_directory, not_written, write_bytes
 from torchft.checkpoint import (
     RNG_FILE,
     STATE_FILE,
@@ -108,8 +108,8 @@ class PartsWriter:
         if rank() > 0:
             try:
                 self._write_part(tensors, final)
-            except OSError as error:  # on this process or another
-                raise unwritable(final, error) from None
+            except OSError as error:  # the same words as process 0's: whichever leaves first is heard
+                raise not_written(final, error) from None
             return
         remove_leftovers(self.out)
         needed = len(text) + sum(tensor.numel() * tensor.element_size() for tensor in (tensors | generators).values())
@@ -164,18 +164,17 @@ def load_parts(
 def _require_shared(out: Path) -> None:
     """Raises UserError unless all processes see the same directory: each will write its part into it."""
 
-    def mark() -> str:
+    def change(there: bool) -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / name).touch()
+            mark.touch() if there else mark.unlink()
         except OSError as error:
             raise UserError(f"run.out={out} cannot be written: {error}") from None
-        return name
 
-    name = ".seen_by_all"
-    from_main(mark)
-    blind = [number for number, seen in enumerate(from_all((out / name).exists())) if not seen]
-    from_main(lambda: (out / name).unlink())
+    mark = out / ".seen_by_all"
+    from_main(lambda: change(there=True))
+    blind = [number for number, seen in enumerate(from_all(mark.exists())) if not seen]
+    from_main(lambda: change(there=False))
     if blind:
         raise UserError(
             f"run.out={out} of process 0 is not there for process(es) {', '.join(map(str, blind))}: each writes its part of "
