@@ -54,7 +54,7 @@ def assert_refused(folder: Path, what: str) -> None:
 @pytest.mark.parametrize("checkpoint", SAVED, ids=["whole", "parts"], indirect=True)
 def test_any_flipped_byte_of_a_checkpoint(checkpoint: Path, tally: Callable) -> None:
     files, random = sorted(checkpoint.iterdir()), random_of("flips", checkpoint.name)
-    number = scaled(40, 400)
+    number = scaled(25, 400)
     for turn in range(number):
         path = files[turn % len(files)]
         with changed(path, flipped(path.read_bytes(), random)):

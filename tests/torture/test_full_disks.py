@@ -31,7 +31,7 @@ def test_no_room_behind_any_byte(victim: Victim, tally: Callable) -> None:
     """20 offsets, over the files of the checkpoint after step 5; the one after step 3 stays."""
     random = random_of("no room", victim.saver, victim.processes)
     files = [(file, size) for file, size in victim.sizes().items() if file.startswith("step_000005")]
-    for number in range(scaled({1: 3, 2: 1}[victim.processes], {1: 20, 2: 6}[victim.processes])):
+    for number in range(scaled({1: 2, 2: 1}[victim.processes], {1: 20, 2: 6}[victim.processes])):
         file, size = files[number % len(files)]
         writer = int(file[18:23]) - 1 if "shard" in file and victim.processes > 1 else 0
         limit = random.randrange(size)
@@ -47,7 +47,7 @@ def test_a_file_operation_that_fails(victim: Victim, tally: Callable) -> None:
     """Whatever the first thing is that no longer works, no traceback: the error names the place, and the run can go on."""
     for rank, listed in enumerate(victim.operations):
         total = len(listed.read_text().splitlines())
-        for turn, number in enumerate(spread(total, {1: scaled(4, 80), 2: scaled(1, 8)}[victim.processes])):
+        for turn, number in enumerate(spread(total, {1: scaled(3, 80), 2: scaled(1, 8)}[victim.processes])):
             said = victim.refuse("run", only(rank, fail_at_operation, number, CODES[turn % len(CODES)]))
             assert "Traceback" not in said or "UserError" in said or "Connection" in said, said
             victim.finish("run")

@@ -29,7 +29,7 @@ def test_at_any_byte_of_any_file(victim: Victim, tally: Callable) -> None:
     random = random_of("bytes", victim.saver, victim.processes)
     each = {1: scaled(1, 12), 2: scaled(1, 2)}[victim.processes]
     sizes = victim.sizes()
-    for file in random.sample(sorted(sizes), scaled(4 // victim.processes**2, len(sizes))):
+    for file in random.sample(sorted(sizes), scaled(2 // victim.processes, len(sizes))):
         size = sizes[file]
         limits = [random.randrange(size), size - 1, 0, 8, *(random.randrange(size) for _ in range(each))][:each]
         writers = range(victim.processes) if "shard" in file else (0,)
@@ -46,7 +46,7 @@ def test_at_any_file_operation(victim: Victim, tally: Callable) -> None:
     """Of one process: every one that its run makes below run.out, from the log's first line to the last pruning."""
     for rank, listed in enumerate(victim.operations):
         total = len(listed.read_text().splitlines())
-        for number in spread(total, {1: scaled(6, 10_000), 2: scaled(1, 12)}[victim.processes]):
+        for number in spread(total, {1: scaled(4, 10_000), 2: scaled(1, 12)}[victim.processes]):
             victim.kill("run", only(rank, die_at_operation, number))
             victim.finish("run")
     tally(victim.points, "file operations")
@@ -57,7 +57,7 @@ def test_again_and_again(victim: Victim, tally: Callable) -> None:
     """One run is killed at random operations until it has survived, on top of what the kills before have left."""
     random = random_of("again", victim.saver, victim.processes)
     for _ in range({1: scaled(1, 6), 2: scaled(0, 1)}[victim.processes]):
-        for _ in range({1: scaled(3, 10), 2: 4}[victim.processes]):
+        for _ in range({1: scaled(2, 10), 2: 4}[victim.processes]):
             rank = random.choice([n for n, listed in enumerate(victim.operations) if listed.stat().st_size])
             total = len(victim.operations[rank].read_text().splitlines())
             victim.kill("run", only(rank, die_at_operation, random.randint(1, total)))
