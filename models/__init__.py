@@ -16,6 +16,7 @@ from torchft.models import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from torchft.modules.transformer import CausalLM, TransformerConfig
@@ -25,6 +26,7 @@ FAMILIES = {  # `architectures` in config.json -> the family's file
     "MistralForCausalLM": mistral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
     "MinistralForCausalLM": ministral,
     "SmolLM3ForCausalLM": smollm3,
     "Gemma2ForCausalLM": gemma2,

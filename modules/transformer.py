@@ -20,6 +20,7 @@ from torchft.modules.attention import LayerCache, build_mask
 from torchft.modules.block import BLOCKS
 from torchft.modules.checkpointing import Checkpointing
 from torchft.modules.loss import linear_cross_entropy, soft_cap
+from torchft.modules.moe import MoeConfig
 from torchft.modules.norm import build_norm
 from torchft.modules.rope import RopeConfig, rope_tables
 
@@ -58,6 +59,7 @@ class TransformerConfig:
     attn_logit_softcapping: float | None = None  # scores become cap * tanh(score / cap)
     final_logit_softcapping: float | None = None  # and logits likewise
     logits_scaling: float = 1.0  # logits are divided by it
+    moe: MoeConfig | None = None  # the feed forwards are mixtures of experts
 
     def __post_init__(self) -> None:
         assert self.num_attention_heads % self.num_key_value_heads == 0, (
@@ -101,7 +103,7 @@ class Decoder(nn.Module):
         self.windows = config.sliding_windows or (None,) * config.num_hidden_layers
         self.checkpointing = Checkpointing()  # replaced by apply_activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size)
 
     def forward(

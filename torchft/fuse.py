@@ -5,7 +5,7 @@
 Blocks become FusedBlocks (fused_block.py), which hold the very same submodules: names, parameters, state dict and dtypes stay.
 Whatever a kernel does not cover (generation with a cache, adapters switched off) runs in the plain forward; what is skipped
 altogether is said. Left out: fused blocks for full fine-tuning, whose weights are trained, and for families whose blocks
-compute something else (Gemma, OLMo 2, Granite, GLM-4).
+compute something else (Gemma, OLMo 2, Granite, GLM-4, mixtures of experts).
 """
 
 from dataclasses import dataclass
@@ -89,6 +89,7 @@ def _other_maths(config: TransformerConfig) -> str:
     """What the blocks of this model compute that a FusedBlock does not, or ""."""
     ropes = (config.rope, *config.layer_ropes)
     reasons = {
+        "their feed forwards are mixtures of experts": config.moe is not None,
         "their branches are scaled": config.block == "scaled",
         "their norms stand in other places": config.block not in ("pre_norm", "scaled"),
         "their norms multiply by 1 + weight": config.norm_offset,

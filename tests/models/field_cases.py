@@ -33,6 +33,10 @@ BASES: dict[str, dict[str, Any]] = {
     "mistral": BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 5},
     "qwen2": BASE | {"architectures": ["Qwen2ForCausalLM"]} | QWEN_WINDOW,
     "qwen3": BASE | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False} | QWEN_WINDOW,
+    "qwen3_moe": BASE
+    | {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "use_sliding_window": True, "sliding_window": 5}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
     "ministral": BASE | {"architectures": ["MinistralForCausalLM"], "sliding_window": 5},
     "smollm3": BASE
     | {"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 2}
@@ -59,6 +63,7 @@ EXTRA = {
 }
 # Fields that are read and must hold one value.
 REFUSED = {
+    "qwen3_moe": {"output_router_logits": True, "num_local_experts": 5},
     "gemma2": {"hidden_activation": "silu", "hidden_act": "silu", "use_bidirectional_attention": True},
     "gemma3_text": {"hidden_activation": "silu", "use_bidirectional_attention": True, "attn_logit_softcapping": 2.0},
     "phi3": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "mlp_bias": True, "lm_head_bias": True},
@@ -96,6 +101,12 @@ MUTATIONS: dict[str, Any] = {
     "attention_multiplier": 0.5,
     "residual_multiplier": 0.6,
     "logits_scaling": 3.0,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 3,
+    "mlp_only_layers": [1],
 }
 FAMILY_MUTATIONS: dict[str, dict[str, Any]] = {
     "qwen2": {"layer_types": ["sliding_attention", "full_attention"]},
