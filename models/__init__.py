@@ -12,6 +12,7 @@ from torchft.models import (
     llama,
     ministral,
     mistral,
+    mixtral,
     olmo2,
     phi3,
     qwen2,
@@ -24,6 +25,7 @@ from torchft.modules.transformer import CausalLM, TransformerConfig
 FAMILIES = {  # `architectures` in config.json -> the family's file
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
+    "MixtralForCausalLM": mixtral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,

@@ -86,6 +86,19 @@ class SandwichBlock(Block):
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
 
 
+class MixtralBlock(Block):
+    """Pre-norm, under Mixtral's name of the feed forward."""
+
+    feed_forward = "block_sparse_moe"
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """As Block.forward."""
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache, start)
+        return h + self.block_sparse_moe(self.post_attention_layernorm(h))
+
+
 class Glm4Block(Block):
     """Norms before and behind each branch, under GLM-4's names."""
 
@@ -104,5 +117,6 @@ BLOCKS: dict[str, type[Block]] = {
     "scaled": ScaledBlock,
     "post_norm": PostNormBlock,
     "sandwich": SandwichBlock,
+    "mixtral": MixtralBlock,
     "glm4": Glm4Block,
 }

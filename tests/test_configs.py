@@ -28,6 +28,7 @@ ROWS = {  # <family>/<size> -> its row in the family's table of sizes
     | {"ministral_8B": "Ministral-8B"},
     "qwen2_5": {f"{n}B": f"Qwen2.5-{n}B" for n in ("0.5", "1.5", "3", "7", "14", "32", "72")},
     "qwen3": {f"{n}B": f"Qwen3-{n}B" for n in ("0.6", "1.7", "4", "8", "14", "32")},
+    "mixtral": {"8x7B": "Mixtral-8x7B"},
     "qwen3_moe": {"30B_A3B": "Qwen3-30B-A3B"},
     "smollm2": {"135M": "SmolLM2-135M", "360M": "SmolLM2-360M", "1.7B": "SmolLM2-1.7B"},
     "smollm3": {"3B": "SmolLM3-3B"},

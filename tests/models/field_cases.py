@@ -37,6 +37,8 @@ BASES: dict[str, dict[str, Any]] = {
     | {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "use_sliding_window": True, "sliding_window": 5}
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    "mixtral": BASE
+    | {"architectures": ["MixtralForCausalLM"], "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
     "ministral": BASE | {"architectures": ["MinistralForCausalLM"], "sliding_window": 5},
     "smollm3": BASE
     | {"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 2}
@@ -63,6 +65,7 @@ EXTRA = {
 }
 # Fields that are read and must hold one value.
 REFUSED = {
+    "mixtral": {"output_router_logits": True, "num_experts": 5, "router_jitter_noise": 0.1},
     "qwen3_moe": {"output_router_logits": True, "num_local_experts": 5},
     "gemma2": {"hidden_activation": "silu", "hidden_act": "silu", "use_bidirectional_attention": True},
     "gemma3_text": {"hidden_activation": "silu", "use_bidirectional_attention": True, "attn_logit_softcapping": 2.0},
@@ -102,6 +105,7 @@ MUTATIONS: dict[str, Any] = {
     "residual_multiplier": 0.6,
     "logits_scaling": 3.0,
     "num_experts": 5,
+    "num_local_experts": 5,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
     "norm_topk_prob": False,

@@ -81,6 +81,11 @@ def qwen3_moe(**others: Any) -> dict[str, Any]:
     return small("qwen3_moe", "Qwen3MoeForCausalLM", **({"head_dim": 10} | experts | others))
 
 
+def mixtral(**others: Any) -> dict[str, Any]:
+    """Five experts, of which a token takes two."""
+    return small("mixtral", "MixtralForCausalLM", **({"num_local_experts": 5, "num_experts_per_tok": 2} | others))
+
+
 def ministral(**others: Any) -> dict[str, Any]:
     return small("ministral", "MinistralForCausalLM", **({"head_dim": 8, "sliding_window": 7} | others))
 
@@ -147,6 +152,9 @@ CASES = {
     "qwen3-moe-shares": qwen3_moe(norm_topk_prob=False, num_experts=7, num_experts_per_tok=3, tie_word_embeddings=True),
     "qwen3-moe-some-layers": qwen3_moe(decoder_sparse_step=2, num_hidden_layers=4, mlp_only_layers=[1], attention_bias=True),
     "qwen3-moe-window": qwen3_moe(use_sliding_window=True, sliding_window=6, num_experts_per_tok=5, num_key_value_heads=1),
+    "mixtral": mixtral(),
+    "mixtral-window": mixtral(sliding_window=6, num_local_experts=3, head_dim=10, tie_word_embeddings=True),
+    "mixtral-one": mixtral(num_experts_per_tok=1, num_key_value_heads=6),
     "ministral-layers": ministral(layer_types=["full_attention", "sliding_attention", "full_attention"]),
     "ministral-windows": ministral(num_key_value_heads=3),
     "smollm3-tied": smollm3(),
@@ -201,12 +209,12 @@ def make_twins(case: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.Tensor
     with torch.device("meta"):
         ours = build_model(hf)
     ours.to_empty(device="cpu")
-    missing, unexpected = ours.load_state_dict(in_our_names(reference.state_dict()), strict=False)
+    missing, unexpected = ours.load_state_dict(in_our_names(reference.state_dict(), hf["model_type"]), strict=False)
     assert (missing, unexpected) == ([], [])
     return reference, ours, torch.randint(config.vocab_size, (2, NUM_TOKENS))
 
 
-def in_our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_our_names(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
     """transformers' tensors (weights, gradients) as our parameters hold them: it packs the experts' gate and up into one."""
     ours = {}
     for name, tensor in tensors.items():
@@ -218,4 +226,10 @@ def in_our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             ours[f"{name}.weight"] = tensor.flatten(0, 1)
         else:
             ours[name] = tensor
-    return ours
+    return {_mixtrals(name): tensor for name, tensor in ours.items()} if model_type == "mixtral" else ours
+
+
+def _mixtrals(name: str) -> str:
+    for theirs, own in ((".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        name = name.replace(theirs, own)
+    return name

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_models import gemma2, gemma3, glm4, granite, long_rope, ministral, olmo2, phi3, qwen3_moe, smollm3
+from small_models import gemma2, gemma3, glm4, granite, long_rope, ministral, mixtral, olmo2, phi3, qwen3_moe, smollm3
 from tiny_models import load_base, load_with_adapter, make_adapter, on_meta, sample_ids, train_a_little
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4": glm4(**SIZES, head_dim=32),
     "granite": granite(**SIZES, tie_word_embeddings=True),
     "ministral": ministral(**SIZES, head_dim=32),
+    "mixtral": mixtral(**SIZES, num_local_experts=3),
     "olmo2": olmo2(**SIZES),
     "phi3": phi3(**SIZES),
     "phi3-long": phi3(**SIZES, partial_rotary_factor=0.5, tie_word_embeddings=True, **long_rope(8, 10)),
@@ -111,7 +112,7 @@ def test_nf4_is_the_model_of_its_decoded_weights(base):
     train_a_little(model)
     dense = load_with_adapter(base, SPEC)
     coded = {name: param for name, param in model.named_parameters() if isinstance(param.data, NF4Tensor)}
-    assert len(coded) == len(report.quantized) > 0 and any("mlp" in name for name in coded)
+    assert len(coded) == len(report.quantized) > 0 and any("mlp" in name or "moe" in name for name in coded)
     for name, param in coded.items():
         parent, _, leaf = name.rpartition(".")
         setattr(dense.get_submodule(parent), leaf, torch.nn.Parameter(dequantize(param.data), requires_grad=False))

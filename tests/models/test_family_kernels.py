@@ -28,6 +28,7 @@ PLAIN = {  # the blocks stay as they are, and why
     "glm4": "norms stand in other places",
     "phi4-partial": "rotated in part",
     "qwen3-moe": "mixtures of experts",
+    "mixtral": "mixtures of experts",
 }
 
 

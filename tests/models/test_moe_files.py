@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import qwen3_moe
+from small_models import mixtral, qwen3_moe
 from test_family_files import assert_same_logits, in_transformers
 from tiny_models import edit_tensors, load_base, load_with_adapter, make_adapter, on_meta, refused_load
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,9 +23,13 @@ from torchft.weights import load_weights
 
 SIZES = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": mixtral(**SIZES, intermediate_size=128, num_local_experts=5),
     "qwen3-moe": qwen3_moe(**SIZES, moe_intermediate_size=128, num_experts=5, mlp_only_layers=[1], intermediate_size=128),
 }
-EXPERT = {"qwen3-moe": "model.layers.0.mlp.experts.3.up_proj.weight"}  # of the files
+EXPERT = {  # of the files
+    "mixtral": "model.layers.0.block_sparse_moe.experts.3.w3.weight",
+    "qwen3-moe": "model.layers.0.mlp.experts.3.up_proj.weight",
+}
 SPEC = LoraSpec(4, 10.0)
 
 
