@@ -8,6 +8,7 @@ from torchft.models import (
     gemma2,
     gemma3,
     glm4,
+    gpt_oss,
     granite,
     llama,
     ministral,
@@ -36,6 +37,7 @@ FAMILIES = {  # `architectures` in config.json -> the family's file
     "Phi3ForCausalLM": phi3,
     "Olmo2ForCausalLM": olmo2,
     "GraniteForCausalLM": granite,
+    "GptOssForCausalLM": gpt_oss,
     "Glm4ForCausalLM": glm4,
 }
 

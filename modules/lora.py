@@ -125,7 +125,7 @@ class LoRAExpertLinear(LoRALinear):
 
     def __init__(self, linear: ExpertLinear, spec: LoraSpec) -> None:
         super().__init__(linear, spec)
-        self.num_experts = linear.num_experts
+        self.num_experts, self.stacked = linear.num_experts, linear.stacked
         self.lora_A = nn.Linear(self.in_features, self.num_experts * spec.rank, bias=False, device="meta", dtype=torch.float32)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (M, in) sorted by expert -> (M, out)

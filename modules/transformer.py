@@ -57,6 +57,7 @@ class TransformerConfig:
     residual_multiplier: float = 1.0  # of block "scaled"
     attention_multiplier: float | None = None  # of the scores; None = 1 / sqrt(head_dim)
     attn_logit_softcapping: float | None = None  # scores become cap * tanh(score / cap)
+    attention_sinks: bool = False  # a trained score of each head that takes its share of the softmax (gpt-oss)
     final_logit_softcapping: float | None = None  # and logits likewise
     logits_scaling: float = 1.0  # logits are divided by it
     moe: MoeConfig | None = None  # the feed forwards are mixtures of experts
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.ropes = config.layer_ropes or (config.rope,) * config.num_hidden_layers
-        self.softcapped = config.attn_logit_softcapping is not None
+        self.beyond_sdpa = config.attn_logit_softcapping is not None or config.attention_sinks
         self.multiplier = config.embedding_multiplier
         self.windows = config.sliding_windows or (None,) * config.num_hidden_layers
         self.checkpointing = Checkpointing()  # replaced by apply_activation_checkpointing
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + num_tokens, device=device)[None]
         tables = {rope: rope_tables(rope, positions, more) for rope in dict.fromkeys(self.ropes)}  # (B or 1, T, R/2) twice
-        options = {"cached": cache is not None, "softcapped": self.softcapped}
+        options = {"cached": cache is not None, "beyond_sdpa": self.beyond_sdpa}
         masks = {
             window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
         }

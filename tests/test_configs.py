@@ -41,6 +41,7 @@ ROWS = {  # <family>/<size> -> its row in the family's table of sizes
     "phi3_5": {"mini_3.8B": "Phi-3-mini-4k"},
     "phi4": {"14B": "Phi-4", "mini_3.8B": "Phi-4-mini"},
     "olmo2": {"1B": "OLMo-2-1B", "7B": "OLMo-2-7B", "13B": "OLMo-2-13B", "32B": "OLMo-2-32B"},
+    "gpt_oss": {"20B": "gpt-oss-20b", "120B": "gpt-oss-120b"},
     "granite3_3": {"2B": "Granite-3.3-2B", "8B": "Granite-3.3-8B"},
     "glm4": {"9B": "GLM-4-9B-0414", "32B": "GLM-4-32B-0414"},
 }

@@ -22,7 +22,17 @@ from torchft.errors import UserError
 from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import nf4
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
+from torchft.modules.lora import (
+    LoRAExpertLinear,
+    LoRALinear,
+    LoraReport,
+    LoraSpec,
+    adapters_off,
+    add_lora,
+    init_lora,
+    lora_layers,
+    matches,
+)
 from torchft.modules.sharding import cut, gathered, local, place, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
@@ -95,7 +105,7 @@ def adapter_tensors(model: CausalLM) -> dict[str, nn.Parameter]:
 def _pieces(model: CausalLM) -> dict[str, list[Piece]]:
     """How the file holds each of `adapter_tensors`."""
     stored = pieces(model)
-    return {name: stored.get(name, [Piece(name, 0, tuple(param.shape))]) for name, param in adapter_tensors(model).items()}
+    return {name: stored.get(name, [Piece(name, 0, len(param), tuple(param.shape))]) for name, param in adapter_tensors(model).items()}
 
 
 def save_adapter(
@@ -123,7 +133,8 @@ def save_adapter(
     if spec.target_modules == ("all-linear",):
         spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
     whole = trained_modules(model)
-    fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model))
+    parameters = _target_parameters(layers, spec.target_modules)
+    fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model), parameters=parameters)
     quantized = any(isinstance(local(layer.weight), nf4.NF4Tensor) for layer in layers.values())
     # PEFT has no field for how the base was stored, but merging must know what the adapter was trained on.
     base_dtype = str(next(iter(layers.values())).weight.dtype).removeprefix("torch.")
@@ -140,6 +151,17 @@ def save_adapter(
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
             save_text(folder, tokenizer, template, Path(base_path))
+
+
+def _target_parameters(layers: dict[str, LoRALinear], targets: tuple[str, ...]) -> dict[str, str]:
+    """The targets that mean stacks which are one tensor in files, and peft's name for each: it adapts them as parameters."""
+    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExpertLinear) and layer.stacked]
+    meant = {target: next((name for name in stacks if matches(name, (target,))), "") for target in targets}
+    return {
+        target: target if "." in target else ".".join(name.split(".")[-3:])  # mlp.experts.down_proj
+        for target, name in meant.items()
+        if name
+    }
 
 
 def _on_cpu(param: nn.Parameter) -> Tensor:
@@ -253,7 +275,9 @@ def read_tensors(model: CausalLM, folder: Path) -> dict[str, Tensor]:
         if info.shape != shape or info.dtype not in ("F32", "F16", "BF16"):
             raise UserError(f"{file}: {name} is {info.dtype} {info.shape}, the model's a float tensor {shape}")
     loaded = load_file(file)
-    values = {name: [loaded[keys[PREFIX + piece.name]] for piece in each] for name, each in stored.items()}
+    values = {
+        name: [piece.rows_of(loaded[keys[PREFIX + piece.name]], 0, piece.stop) for piece in each] for name, each in stored.items()
+    }
     return {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in values.items()}
 
 

@@ -96,6 +96,7 @@ def _other_maths(config: TransformerConfig) -> str:
         "their queries and keys are normalised over all heads at once": config.qk_norm_over_heads,
         f"their gate is {config.activation}": config.activation != "silu",
         "their attention scores are scaled or capped": (config.attention_multiplier, config.attn_logit_softcapping) != (None, None),
+        "their attention has sinks": config.attention_sinks,
         "their heads are rotated in part or in neighbouring pairs": any(
             rope.interleaved or rope.partial_rotary_factor not in (0, 1) for rope in ropes
         ),

@@ -134,8 +134,9 @@ class _Parts:
     def dequantised(self, linear: str) -> Tensor:
         """A linear's whole weight as NF4 training saw it; of experts, whose tensors come one by one, the last few are kept."""
         if linear not in self.stacks:
-            own = [name for name, (owner, _) in self.linears.items() if owner == linear]
-            weight = torch.cat([self.base.read(self.sources[name]) for name in own]).to(self.nf4_dtype)
+            own = [piece for owner, piece in self.linears.values() if owner == linear]
+            rows = [piece.rows_of(self.base.read(self.sources[piece.name]), 0, piece.stop) for piece in own]
+            weight = torch.cat(rows).to(self.nf4_dtype)
             while len(self.stacks) >= KEPT_STACKS:
                 del self.stacks[next(iter(self.stacks))]
             self.stacks[linear] = nf4.dequantize(nf4.to_nf4(weight))
@@ -150,7 +151,8 @@ class _Parts:
         if not isinstance(layer, LoRALinear):
             return base
         if isinstance(layer, LoRAExpertLinear):
-            return base.float() + layer.delta(piece.experts(layer.num_experts, layer.out_features))
+            rows = piece.rows_of(base, 0, piece.stop).float()
+            return piece.to_file(rows + layer.delta(piece.experts(layer.num_experts, layer.out_features)))
         on_meta = layer.weight
         layer.weight = nn.Parameter(base, requires_grad=False)
         try:

@@ -20,6 +20,7 @@ from torchft.modules import nf4
 from torchft.modules.sharding import cut, divided_like, local, rows_held
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import TrainedEmbedding, TrainedHead
+from torchft.mxfp4 import Coded
 from torchft.stored import Piece, pieces
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -112,7 +113,7 @@ class _Slot:
         """The rows that `fill` wants: this process's, but all of an NF4 tensor, whose scales have one mean."""
         return slice(0, self.param.shape[0]) if self.is_nf4() else rows_held(self.param)
 
-    def take(self, piece: Piece, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
+    def take(self, piece: Piece, tensor: Tensor | Coded, dtype: torch.dtype, device: torch.device | str) -> None:
         """Read one piece of it, a view of the mapped file; the last one fills it."""
         rows = self.rows()
         if self.value is None:

@@ -86,6 +86,13 @@ def mixtral(**others: Any) -> dict[str, Any]:
     return small("mixtral", "MixtralForCausalLM", **({"num_local_experts": 5, "num_experts_per_tok": 2} | others))
 
 
+def gpt_oss(**others: Any) -> dict[str, Any]:
+    """Sinks, a window on every second layer, a limit that is reached, YaRN."""
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 0.7}
+    rope = {"rope_parameters": YARN_ROPE | {"truncate": False, "beta_fast": 8.0, "rope_theta": 500.0}}
+    return small("gpt_oss", "GptOssForCausalLM", **({"head_dim": 12, "sliding_window": 9} | experts | rope | others))
+
+
 def ministral(**others: Any) -> dict[str, Any]:
     return small("ministral", "MinistralForCausalLM", **({"head_dim": 8, "sliding_window": 7} | others))
 
@@ -184,6 +191,9 @@ CASES = {
     "phi4-partial": phi3(hidden_size=48, num_attention_heads=4, partial_rotary_factor=0.84, intermediate_size=77),
     "olmo2": olmo2(),
     "olmo2-mha-biases": olmo2(num_key_value_heads=6, attention_bias=True, rms_norm_eps=1e-6, tie_word_embeddings=True),
+    "gpt-oss": gpt_oss(),
+    "gpt-oss-alpha": gpt_oss(swiglu_alpha=1.1, num_experts_per_tok=4, num_key_value_heads=6, tie_word_embeddings=True),
+    "gpt-oss-layers": gpt_oss(layer_types=["full_attention"] * 2 + ["sliding_attention"], attention_bias=False, head_dim=10),
     "granite-tied": granite(tie_word_embeddings=True),
     "granite-untied-biases": granite(attention_bias=True, mlp_bias=True, logits_scaling=0.7, head_dim=10),
     "glm4": glm4(),
@@ -216,6 +226,8 @@ def make_twins(case: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.Tensor
 
 def in_our_names(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
     """transformers' tensors (weights, gradients) as our parameters hold them: it packs the experts' gate and up into one."""
+    if model_type == "gpt_oss":
+        return dict(_gpt_osss(name, tensor) for name, tensor in tensors.items())
     ours = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
@@ -227,6 +239,12 @@ def in_our_names(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str,
         else:
             ours[name] = tensor
     return {_mixtrals(name): tensor for name, tensor in ours.items()} if model_type == "mixtral" else ours
+
+
+def _gpt_osss(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    if name.endswith("_proj_bias"):
+        return name.replace("_bias", ".bias"), tensor.flatten()
+    return (f"{name}.weight", tensor.transpose(1, 2).flatten(0, 1)) if ".experts." in name else (name, tensor)
 
 
 def _mixtrals(name: str) -> str:

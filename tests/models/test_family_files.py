@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_models import gemma2, gemma3, glm4, granite, long_rope, ministral, mixtral, olmo2, phi3, qwen3_moe, smollm3
+from small_models import gemma2, gemma3, glm4, gpt_oss, granite, long_rope, ministral, mixtral, olmo2, phi3, qwen3_moe, smollm3
 from tiny_models import load_base, load_with_adapter, make_adapter, on_meta, sample_ids, train_a_little
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": gemma2(**SIZES, head_dim=32, sliding_window=6),
     "gemma3": gemma3(**SIZES, head_dim=32, sliding_window=6, sliding_window_pattern=2, tie_word_embeddings=False),
     "glm4": glm4(**SIZES, head_dim=32),
+    "gpt-oss": gpt_oss(**SIZES | {"intermediate_size": 128}, head_dim=32, num_local_experts=3, sliding_window=6),
     "granite": granite(**SIZES, tie_word_embeddings=True),
     "ministral": ministral(**SIZES, head_dim=32),
     "mixtral": mixtral(**SIZES, num_local_experts=3),

@@ -29,6 +29,7 @@ PLAIN = {  # the blocks stay as they are, and why
     "phi4-partial": "rotated in part",
     "qwen3-moe": "mixtures of experts",
     "mixtral": "mixtures of experts",
+    "gpt-oss": "mixtures of experts",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import problems, run_processes
-from small_models import qwen3_moe
+from small_models import gpt_oss, qwen3_moe
 from tiny_models import on_meta, sample_ids
 from tiny_training import hide_cuda
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,12 +25,14 @@ SIZES = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_atte
 SPEC = LoraSpec(4, 10.0)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["qwen3-moe", "gpt-oss"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three experts, so that two processes hold one and a half each."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("moe") / "base"
     hf = qwen3_moe(**SIZES, moe_intermediate_size=256, num_experts=3)
+    if request.param == "gpt-oss":
+        hf = gpt_oss(**SIZES | {"intermediate_size": 256}, num_local_experts=3)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf), dtype=torch.float32)
     for name, param in model.named_parameters():
         if param.ndim > 1:
@@ -100,7 +102,7 @@ def test_two_processes_are_one(base, kind, tmp_path, monkeypatch):
 
 
 def test_a_process_reads_only_its_rows_of_an_expert():
-    expert = Piece("experts.2.up_proj.weight", 20, (10, 3))  # rows 20 .. 30 of the stack
+    expert = Piece("experts.2.up_proj.weight", 20, 30, (10, 3))  # rows 20 .. 30 of the stack
     stored = torch.arange(30.0).view(10, 3)
     for start, stop in ((0, 60), (0, 25), (25, 27), (27, 60), (0, 20), (30, 60), (0, 7)):
         inside = [row - 20 for row in range(start, stop) if 20 <= row < 30]
@@ -108,3 +110,20 @@ def test_a_process_reads_only_its_rows_of_an_expert():
         assert torch.equal(held, stored[inside])
         assert held.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()  # a view: nothing else is read
     assert torch.equal(expert.cut(torch.arange(180.0).view(60, 3)), torch.arange(60.0, 90.0).view(10, 3))
+
+
+def test_a_process_reads_only_its_experts_of_a_stack():
+    """(E, in, out) in the files; some rows of it, the borders within experts."""
+    rows = torch.arange(180.0).view(60, 3)
+    stack = Piece("experts.up_proj", 0, 60, (6, 3, 10), "transposed", 6)
+    stored, taken = stack.cut(rows), []
+    assert stored.shape == (6, 3, 10) and torch.equal(stored[2], rows[20:30].T)
+
+    class Watched:
+        def __getitem__(self, experts: slice) -> torch.Tensor:
+            taken.append((experts.start, experts.stop))
+            return stored[experts]
+
+    for start, stop in ((0, 60), (0, 25), (25, 27), (27, 60), (30, 30), (10, 20)):
+        assert torch.equal(stack.rows_of(Watched(), start, stop), rows[start:stop]), (start, stop)
+    assert taken == [(0, 6), (0, 3), (2, 3), (2, 6), (3, 3), (1, 2)]

@@ -1,19 +1,22 @@
 """Mixtures of experts through files: saved in several of them, merged into NF4 weights, damaged ones named."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from small_models import mixtral, qwen3_moe
+from small_models import gpt_oss, mixtral, qwen3_moe
 from test_family_files import assert_same_logits, in_transformers
-from tiny_models import edit_tensors, load_base, load_with_adapter, make_adapter, on_meta, refused_load
+from tiny_models import edit_tensors, load_base, load_saved_adapter, load_with_adapter, make_adapter, on_meta, refused_load
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from torchft.adapter import load_adapter
+from torchft.adapter import attach_adapter, load_adapter
 from torchft.config import ASSETS
 from torchft.data.tokenizer import load_tokenizer
+from torchft.errors import UserError
 from torchft.hf_checkpoint import open_checkpoint
 from torchft.merge import merge
 from torchft.modules.lora import LoraSpec, add_lora
@@ -23,6 +26,7 @@ from torchft.weights import load_weights
 
 SIZES = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
+    "gpt-oss": gpt_oss(**SIZES | {"intermediate_size": 128}, num_local_experts=5),
     "mixtral": mixtral(**SIZES, intermediate_size=128, num_local_experts=5),
     "qwen3-moe": qwen3_moe(**SIZES, moe_intermediate_size=128, num_experts=5, mlp_only_layers=[1], intermediate_size=128),
 }
@@ -31,6 +35,9 @@ EXPERT = {  # of the files
     "qwen3-moe": "model.layers.0.mlp.experts.3.up_proj.weight",
 }
 SPEC = LoraSpec(4, 10.0)
+
+
+each_by_itself = pytest.mark.parametrize("base", EXPERT, indirect=True)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -70,6 +77,7 @@ def test_merged_into_the_weights_of_nf4_training(base, tmp_path):
     assert_same_logits(trained, load_base(tmp_path / "merged"))
 
 
+@each_by_itself
 def test_an_expert_that_is_missing_or_misshapen_is_named(base, tmp_path):
     name = EXPERT[base.name]
     for number, (edit, words) in enumerate(
@@ -87,6 +95,7 @@ def test_an_expert_that_is_missing_or_misshapen_is_named(base, tmp_path):
         refused_load(folder, words)
 
 
+@each_by_itself
 def test_an_adapter_file_holds_each_expert(base, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", SPEC)
     held = load_file(adapter / "adapter_model.safetensors")
@@ -95,3 +104,28 @@ def test_an_adapter_file_holds_each_expert(base, tmp_path):
     assert held[f"base_model.model.{name}.lora_B.weight"].shape == (128, 4)
     stack = load_with_adapter(base, SPEC).get_parameter(name.replace(".3.", ".") + ".lora_B.weight")
     assert torch.equal(held[f"base_model.model.{name}.lora_B.weight"], stack[3 * 128 : 4 * 128])
+
+
+@pytest.mark.parametrize("base", ["gpt-oss"], indirect=True)
+@pytest.mark.parametrize("experts", [["gate_up_proj", "down_proj"], ["gate_up_proj"], ["down_proj"]])
+def test_an_adapter_that_peft_made_for_stacks_is_loaded(base, experts, tmp_path):
+    """Of both of a stack's parameters, or one, which is wrapped otherwise then."""
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=[f"mlp.experts.{name}" for name in experts])
+    theirs = get_peft_model(in_transformers(base), config)
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            if "lora_" in name:
+                param.copy_(0.1 * torch.randn(param.shape))
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert_same_logits(load_saved_adapter(base, tmp_path / "adapter"), theirs.eval())
+
+
+@pytest.mark.parametrize("base", ["qwen3-moe"], indirect=True)
+def test_an_adapter_for_another_form_of_the_experts_is_refused(base, tmp_path):
+    """transformers 5 packs gate and up into one parameter in memory, and peft can adapt that."""
+    adapter = make_adapter(base, tmp_path / "adapter", SPEC)
+    text = (adapter / "adapter_config.json").read_text()
+    fields = json.loads(text) | {"target_parameters": ["mlp.experts.gate_up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="mlp.experts.gate_up_proj' matches no module"):
+        attach_adapter(on_meta(base), adapter)

@@ -100,7 +100,7 @@ def test_with_a_cache_token_by_token(twins):
 
 BF16_CASES = [
     *("llama-3.1-scaled", "mistral-window", "qwen2-untied", "qwen3-tied", "gemma2-untied", "phi4-partial", "olmo2"),
-    *("granite-tied", "glm4", "smollm3-tied", "qwen3-moe", "mixtral"),
+    *("granite-tied", "glm4", "smollm3-tied", "qwen3-moe", "mixtral", "gpt-oss"),
 ]
 
 
