@@ -25,7 +25,7 @@ SIZES = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_atte
 SPEC = LoraSpec(4, 10.0)
 
 
-@pytest.fixture(scope="module", params=["qwen3-moe", "gpt-oss"])
+@pytest.fixture(scope="module")
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three experts, so that two processes hold one and a half each."""
     torch.manual_seed(0)
@@ -63,7 +63,10 @@ def loss_of(model: CausalLM) -> torch.Tensor:
     return model(ids, labels=ids.roll(-1, 1))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "nf4"])
+@pytest.mark.parametrize(
+    "base, kind", [("qwen3-moe", "full"), ("qwen3-moe", "lora"), ("qwen3-moe", "nf4"), ("gpt-oss", "full"), ("gpt-oss", "nf4")],
+    indirect=["base"],
+)  # fmt: skip
 def test_two_processes_are_one(base, kind, tmp_path, monkeypatch):
     hide_cuda(monkeypatch)
     alone = build(base, kind)
