@@ -1,11 +1,11 @@
 """gpt-oss 20B and 120B: mixtures of 32 or 128 experts, of which a token takes 4, and attention with sinks.
 
-Each head has a trained score, `self_attn.sinks`, that takes part in the softmax and has no value; every second layer, the first one
-included, sees 128 tokens; RoPE is YaRN. Experts: a clamped SwiGLU with biases, gate and up in alternating rows.
+Each head has a trained score, `self_attn.sinks`, that takes part in the softmax and has no value; every second layer, the first
+one included, sees 128 tokens; RoPE is YaRN. Experts: a clamped SwiGLU with biases, gate and up in alternating rows.
 
 Checkpoint notes: files hold the experts of a layer in one tensor, transposed, `mlp.experts.gate_up_proj` (E, D, 2F), or, as
-released, in MXFP4 as `gate_up_proj_blocks` and `_scales`, which are decoded to bf16 as they are read (torchft/mxfp4.py). What is
-written is bf16 under the first names, which transformers loads.
+released, in MXFP4 as `gate_up_proj_blocks` and `_scales`, which are decoded to bf16 as they are read (torchft/mxfp4.py). What
+is written is bf16 under the first names, which transformers loads.
 Source: transformers, models/gpt_oss/modeling_gpt_oss.py; https://arxiv.org/abs/2508.10925.
 """
 
@@ -75,7 +75,7 @@ def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
         clamp=(fields.number("swiglu_alpha", 1.702), fields.number("swiglu_limit", 7.0)),
     )
     if fields.optional_dict("quantization_config").get("quant_method", "mxfp4") != "mxfp4":
-        raise fields.fail("quantization_config", hf["quantization_config"], "quant_method mxfp4, which is decoded, or no such field")
+        raise fields.fail("quantization_config", hf["quantization_config"], "quant_method mxfp4, which is decoded, or no such one")
     fields.finish(INERT)
     biases = {"qkv_bias": bias, "o_bias": bias}
     return TransformerConfig(**shape, **biases, attention_sinks=True, sliding_windows=layer_windows(kinds, window), moe=moe)

@@ -1,8 +1,8 @@
-"""Mixtral 8x7B and 8x22B: Mistral's attention, and in every layer 8 experts as large as its feed forward, of which a token takes 2.
+"""Mixtral 8x7B and 8x22B: Mistral's attention, and in every layer 8 experts as large as its feed forward, two for each token.
 
-Checkpoint notes: the feed forward is `block_sparse_moe`, the router its `gate`, and an expert's linears are w1 (gate), w3 (up) and
-w2 (down), each by itself: `block_sparse_moe.experts.3.w1.weight`. transformers 5 calls them otherwise in memory and writes them as
-here. `router_jitter_noise`, noise on the router's input in training, is 0 in all released models.
+Checkpoint notes: the feed forward is `block_sparse_moe`, the router its `gate`, and an expert's linears are w1 (gate), w3 (up)
+and w2 (down), each by itself: `block_sparse_moe.experts.3.w1.weight`. transformers 5 calls them otherwise in memory and writes
+them as here. `router_jitter_noise`, noise on the router's input in training, is 0 in all released models.
 Source: transformers, models/mixtral/modeling_mixtral.py; Jiang et al. 2024, https://arxiv.org/abs/2401.04088.
 """
 

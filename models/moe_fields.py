@@ -12,7 +12,7 @@ def read_experts(fields: Fields, num_experts: int, num_experts_per_tok: int) -> 
 
     The router's auxiliary loss is refused: it is a product of two sums over the tokens of a whole optimizer step, of which one
     must be known before the first backward of that step, and a step has many forwards. transformers takes it over each
-    micro-batch by itself, so that the loss changes with their size. Every released model has it switched off.
+    micro-batch by itself, so that the loss changes with their size. It is off in all models of our tables.
     """
     names = [name for name in ("num_experts", "num_local_experts") if name in fields.left] or ["num_experts"]
     values = [fields.integer(name, num_experts) for name in names]
@@ -23,8 +23,8 @@ def read_experts(fields: Fields, num_experts: int, num_experts_per_tok: int) -> 
         raise fields.fail("num_experts_per_tok", chosen, f"at most {names[0]} = {values[0]}")
     if fields.flag("output_router_logits", False):
         raise ValueError(
-            f"{fields.where}: output_router_logits is True, which asks for the router's auxiliary loss. It is not implemented: over "
-            "an optimizer step of several forwards it would need the routing of all of them before the first backward. Set it to "
-            "false there."
+            f"{fields.where}: output_router_logits is True, which asks for the router's auxiliary loss. It is not implemented: "
+            "over an optimizer step of several forwards it would need the routing of all of them before the first backward. Set "
+            "it to false there."
         )
     return {"num_experts": values[0], "num_experts_per_tok": chosen}

@@ -7,8 +7,8 @@ positions earlier (transformers' rule). `build_mask` puts that into one of three
 - BlockMask: packed rows on CUDA: FlexAttention, which skips the 128 x 128 blocks that nothing in them can see.
 - bool Tensor (B or 1, 1, T, S): packed rows elsewhere, rows of one block or less, and generation with a cache.
 
-Soft-capped scores (Gemma 2), cap * tanh(score / cap), and sinks (gpt-oss), one more score of each head that takes its share of the
-softmax and has no value, are nothing SDPA has: FlexAttention where it runs, else plain products.
+Soft-capped scores (Gemma 2), cap * tanh(score / cap), and sinks (gpt-oss), one more score of each head that takes its share of
+the softmax and has no value, are nothing SDPA has: FlexAttention where it runs, else plain products.
 
 Legend: B batch, T query tokens, S key tokens, D hidden, H heads, K key/value heads, E head_dim.
 """
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.loss import soft_cap
@@ -84,7 +84,8 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
             self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, hidden, bias=config.o_bias)
-        self.register_parameter("sinks", nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None)
+        sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
+        self.register_parameter("sinks", sinks)
         self.norm_over_heads = config.qk_norm_over_heads
         self.q_norm = build_norm(config, q_width if self.norm_over_heads else head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, kv_width if self.norm_over_heads else head_dim) if config.qk_norm else None
@@ -126,8 +127,8 @@ def attend(
 ) -> Tensor:
     """softmax(m q k^T where the mask allows) v: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
 
-    multiplier: m; None = 1 / sqrt(E). softcap: scores become cap * tanh(score / cap), before the mask; sinks (H,): a further score
-    of every query, whose value is 0. These two need a mask.
+    multiplier: m; None = 1 / sqrt(E). softcap: scores become cap * tanh(score / cap), before the mask; sinks (H,): a further
+    score of every query, whose value is 0. These two need a mask.
     """
     grouped = q.shape[1] != k.shape[1]  # H / K query heads share one key/value head
     options = {"scale": multiplier, "enable_gqa": grouped}
@@ -135,7 +136,10 @@ def attend(
         compile_here = q.is_cuda and not torch.compiler.is_compiling()  # within a compiled block it is part of that
         flex = _compiled_flex() if compile_here else flex_attention
         options |= {"score_mod": None if softcap is None else _capped(softcap), "block_mask": mask}
-        return flex(q, k, v, **options) if sinks is None else _with_sinks(*flex(q, k, v, return_lse=True, **options), sinks)
+        if sinks is None:
+            return flex(q, k, v, **options)
+        y, more = flex(q, k, v, return_aux=AuxRequest(lse=True), **options)
+        return _with_sinks(y, more.lse, sinks)
     if softcap is not None or sinks is not None:
         return _plain_attention(q, k, v, mask, multiplier, softcap, sinks)
     if not q.is_cuda:

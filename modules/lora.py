@@ -9,8 +9,8 @@ W0 (out, in) is frozen and may be stored as NF4; A (rank, in), B (out, rank) and
 so that AdamW's small steps are not rounded away, and are cast to the activations' dtype where they are used. Names are
 PEFT's: `q_proj.weight`, `q_proj.lora_A.weight`, `q_proj.lora_B.weight`, `q_proj.lora_magnitude_vector`.
 
-In a mixture of experts (moe.py) every expert has an adapter of its own, and those of one projection lie one below the other like
-the weights: A (E * rank, in), B (E * out, rank). DoRA is not for experts.
+In a mixture of experts (moe.py) every expert has an adapter of its own, and those of one projection lie one below the other
+like the weights: A (E * rank, in), B (E * out, rank). DoRA is not for experts.
 
 Order: model on meta -> `add_lora` -> (`quantize_nf4`) -> load the weights -> `init_lora`, or load an adapter.
 Left out: adapters on embeddings, biases in adapters, several adapters at once, per-layer ranks.
@@ -158,7 +158,6 @@ class LoraReport:
             f"LoRA: {len(self.names)} linears{', experts included' if self.experts else ''} ({', '.join(kinds)}), "
             f"{self.num_trained:,} of {self.num_total:,} parameters are trained ({share:.2f}%)"
         )
-
 
 
 def add_lora(model: nn.Module, spec: LoraSpec) -> LoraReport:

@@ -1,10 +1,10 @@
 """Mixtures of experts: a router and E gated feed forwards, of which each token takes k.
 
-The experts' matrices lie one below the other in one parameter per projection, (E * out, in), under the checkpoint's own name but
-for the expert's number: files hold `experts.3.gate_proj.weight`, the model `experts.gate_proj.weight` with expert 3's rows at
-3 * out. gpt-oss's files hold stacks too, (E, in, out). As rows they are divided over processes like those of any linear (8 experts over 16 processes too), their LoRA's A and
-B likewise, and NF4 codes a whole stack as one tensor, so that codes do not depend on the number of processes. The files' side is
-torchft/stored.py.
+The experts' matrices lie one below the other in one parameter per projection, (E * out, in), under the checkpoint's own name
+but for the expert's number: files hold `experts.3.gate_proj.weight`, the model `experts.gate_proj.weight` with expert 3's rows
+at 3 * out. (gpt-oss's files hold stacks too, (E, in, out).) As rows they are divided over processes like those of any linear,
+8 experts over 16 processes too, their LoRA's A and B likewise; and NF4 codes a whole stack as one tensor, so that codes do not
+depend on the number of processes. The files' side is torchft/stored.py.
 
 Legend: B batch, T tokens, N = B * T, k experts of a token, M = N * k rows, E experts, D hidden, F intermediate of one expert.
 """

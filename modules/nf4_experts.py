@@ -14,7 +14,7 @@ from torchft.modules.routing import grouped_mm
 
 
 def grouped_linear(x: Tensor, weight: Tensor, num_experts: int, offsets: Tensor) -> Tensor:
-    """W_e x for each row's expert e, in x's dtype: x (M, in) sorted by expert, weight (E * out, in) dense or NF4 -> (M, out)."""
+    """W_e x for each row's expert e: x (M, in) sorted by expert, weight (E * out, in) dense or NF4 -> (M, out) as x's dtype."""
     if not isinstance(weight, nf4.NF4Tensor):
         return grouped_mm(x, weight.unflatten(0, (num_experts, -1)).to(x.dtype).transpose(1, 2), offsets)
     return torch.ops.torchft.nf4_grouped_mm(x, offsets, *nf4.storage(weight), True)

@@ -105,7 +105,7 @@ def grouped_mm_fused(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         x = F.pad(x, (0, short_in))
     if short_in or short_out:
         weights = F.pad(weights, (0, short_out, 0, short_in))
-    return torch._grouped_mm(x.contiguous(), weights, offs=offsets)[:, :width]
+    return torch._grouped_mm(x, weights, offs=offsets)[:, :width]
 
 
 def grouped_mm_eager(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

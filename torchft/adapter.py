@@ -22,24 +22,14 @@ from torchft.errors import UserError
 from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import nf4
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.lora import (
-    LoRAExpertLinear,
-    LoRALinear,
-    LoraReport,
-    LoraSpec,
-    adapters_off,
-    add_lora,
-    init_lora,
-    lora_layers,
-    matches,
-)
+from torchft.modules.lora import LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
 from torchft.modules.sharding import cut, gathered, local, place, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
 from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter
 from torchft.ranks import rank
 from torchft.safetensors_header import read_header
-from torchft.stored import Piece, pieces
+from torchft.stored import Piece, pieces, target_parameters
 
 if TYPE_CHECKING:
     from torchft.data.chat_template import ChatTemplate
@@ -133,7 +123,7 @@ def save_adapter(
     if spec.target_modules == ("all-linear",):
         spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
     whole = trained_modules(model)
-    parameters = _target_parameters(layers, spec.target_modules)
+    parameters = target_parameters(layers, spec.target_modules)
     fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model), parameters=parameters)
     quantized = any(isinstance(local(layer.weight), nf4.NF4Tensor) for layer in layers.values())
     # PEFT has no field for how the base was stored, but merging must know what the adapter was trained on.
@@ -144,24 +134,15 @@ def save_adapter(
         return
     stored = _pieces(model)
     tensors = {  # a tied weight twice: no shared memory
-        PREFIX + piece.name: piece.cut(tensor).to("cpu", copy=True) for name, tensor in tensors.items() for piece in stored[name]
+        PREFIX + piece.name: piece.cut(tensor).to("cpu", copy=True)
+        for name, tensor in tensors.items()
+        for piece in stored[name]
     }
     with export_directory(Path(path), replace=replace_existing) as folder:
         write_bytes(folder / WEIGHTS, safetensors_bytes(tensors, metadata))
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
             save_text(folder, tokenizer, template, Path(base_path))
-
-
-def _target_parameters(layers: dict[str, LoRALinear], targets: tuple[str, ...]) -> dict[str, str]:
-    """The targets that mean stacks which are one tensor in files, and peft's name for each: it adapts them as parameters."""
-    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExpertLinear) and layer.stacked]
-    meant = {target: next((name for name in stacks if matches(name, (target,))), "") for target in targets}
-    return {
-        target: target if "." in target else ".".join(name.split(".")[-3:])  # mlp.experts.down_proj
-        for target, name in meant.items()
-        if name
-    }
 
 
 def _on_cpu(param: nn.Parameter) -> Tensor:
@@ -276,7 +257,8 @@ def read_tensors(model: CausalLM, folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{file}: {name} is {info.dtype} {info.shape}, the model's a float tensor {shape}")
     loaded = load_file(file)
     values = {
-        name: [piece.rows_of(loaded[keys[PREFIX + piece.name]], 0, piece.stop) for piece in each] for name, each in stored.items()
+        name: [piece.rows_of(loaded[keys[PREFIX + piece.name]], 0, piece.stop) for piece in each]
+        for name, each in stored.items()
     }
     return {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in values.items()}
 

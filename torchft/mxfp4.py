@@ -1,8 +1,8 @@
 """MXFP4, as gpt-oss's experts are released: decoded to bf16, exactly, when they are read.
 
-A block of 32 numbers along the input dimension shares a scale, a power of two stored as its exponent + 127 (E8M0). A number has 4
-bits, sign, two of exponent, one of mantissa (E2M1), two to a byte, the first in the low half. Files hold, for a stack of experts,
-`X_blocks` uint8 (E, out, in / 32, 16) and `X_scales` uint8 (E, out, in / 32); here that is one tensor X, bf16 (E, in, out).
+A block of 32 numbers along the input dimension shares a scale, a power of two stored as its exponent + 127 (E8M0). A number has
+4 bits, sign, two of exponent, one of mantissa (E2M1), two to a byte, the first in the low half. Files hold, for a stack of
+experts, `X_blocks` uint8 (E, out, in / 32, 16) and `X_scales` uint8 (E, out, in / 32); here that is one tensor X, bf16 (E, in, out).
 Left out: writing it, and computing in it.
 Source: OCP Microscaling Formats (MX) v1.0, section 5.3; transformers, integrations/mxfp4.py, for how the files lay it out.
 """

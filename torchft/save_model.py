@@ -96,8 +96,10 @@ def save_model(
 
 
 def _weights(model: CausalLM, base_path: Path) -> dict[str, tuple[str, Piece]]:
-    """Tensor of the files -> name of the parameter, and the piece of it; in the order of the base's files, but the experts of a stack
-    together, so that it is gathered once. A tied head once, as there."""
+    """Tensor of the files -> name of the parameter, and the piece of it.
+
+    In the order of the base's files, but the experts of a stack together, so that it is gathered once. A tied head once, as there.
+    """
     stored = pieces(model)
     owners = {piece.name: name for name, each in stored.items() for piece in each}
     order = dict.fromkeys(owners[name] for name in open_checkpoint(base_path).tensors if name in owners)

@@ -9,15 +9,16 @@ and the experts' LoRA, A (E * rank, in) and B (E * out, rank), as peft has it:
     ...lora_A.weight, lora_B.weight           ->    experts.0.gate_proj.lora_A.weight ... (rank, in) and (out, rank) each
                                               or    experts.lora_A.weight (E * rank, in) and lora_B.weight (out, rank * E)
 
-In the last form the linear has no name: peft wraps a stack's first parameter, then its second, whose wrapper is `experts` itself;
-the first is `experts.base_layer` then. Used wherever files are read or written: weights.py, save_model.py, adapter.py, merge.py.
+In the last form the linear has no name: peft wraps a stack's first parameter, then its second, whose wrapper is `experts`
+itself; the first is `experts.base_layer` then. Used wherever files are read or written: weights.py, save_model.py, adapter.py,
+merge.py.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from torchft.modules.lora import LoRAExpertLinear
+from torchft.modules.lora import LoRAExpertLinear, LoRALinear, matches
 from torchft.modules.moe import ExpertLinear
 from torchft.mxfp4 import Coded
 
@@ -105,3 +106,14 @@ def _whole_stack(name: str, shape: tuple[int, ...], num_experts: int, model: nn.
     if leaf.startswith("A"):
         return Piece(f"{wrapper}.lora_{leaf}", 0, rows, shape)
     return Piece(f"{wrapper}.lora_{leaf}", 0, rows, (each, shape[1] * num_experts), "lora_B", num_experts)
+
+
+def target_parameters(layers: dict[str, LoRALinear], targets: tuple[str, ...]) -> dict[str, str]:
+    """The targets that mean stacks which are one tensor in files, and peft's name for each: it adapts them as parameters."""
+    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExpertLinear) and layer.stacked]
+    meant = {target: next((name for name in stacks if matches(name, (target,))), "") for target in targets}
+    return {
+        target: target if "." in target else ".".join(name.split(".")[-3:])  # mlp.experts.down_proj
+        for target, name in meant.items()
+        if name
+    }

@@ -80,11 +80,12 @@ def test_merged_into_the_weights_of_nf4_training(base, tmp_path):
 @each_by_itself
 def test_an_expert_that_is_missing_or_misshapen_is_named(base, tmp_path):
     name = EXPERT[base.name]
+    another = name.replace(".3.", ".5.")
     for number, (edit, words) in enumerate(
         (
             (lambda tensors: tensors.pop(name), f"lacks {name}"),
-            (lambda tensors: tensors.update({name: tensors[name][:-1].clone()}), f"{name} is (127, 128) in the file and (128, 128)"),
-            (lambda tensors: tensors.update({name.replace(".3.", ".5."): tensors[name].clone()}), f"holds {name.replace('.3.', '.5.')}"),
+            (lambda tensors: tensors.update({name: tensors[name][:-1].clone()}), f"{name} is (127, 128) in the file"),
+            (lambda tensors: tensors.update({another: tensors[name].clone()}), f"holds {another}"),
         )
     ):
         folder = tmp_path / str(number)
