@@ -8,14 +8,17 @@ from torchft.models import (
     gemma2,
     gemma3,
     glm4,
+    gpt_oss,
     granite,
     llama,
     ministral,
     mistral,
+    mixtral,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from torchft.modules.score import RewardModel
@@ -24,8 +27,10 @@ from torchft.modules.transformer import CausalLM, TransformerConfig
 FAMILIES = {  # `architectures` in config.json -> the family's file
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
+    "MixtralForCausalLM": mixtral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
     "MinistralForCausalLM": ministral,
     "SmolLM3ForCausalLM": smollm3,
     "Gemma2ForCausalLM": gemma2,
@@ -33,6 +38,7 @@ FAMILIES = {  # `architectures` in config.json -> the family's file
     "Phi3ForCausalLM": phi3,
     "Olmo2ForCausalLM": olmo2,
     "GraniteForCausalLM": granite,
+    "GptOssForCausalLM": gpt_oss,
     "Glm4ForCausalLM": glm4,
 }
 

@@ -2,7 +2,7 @@
 
 Checkpoint notes: no biases (`attention_bias` exists for descendants: on q, k, v and o alike); sizes up to 4B tie the
 head to the embedding, though the files of some hold `lm_head.weight` too; q_norm and k_norm have one weight of
-head_dim, shared by all heads. The mixtures of experts (`Qwen3MoeForCausalLM`) are another architecture. Source:
+head_dim, shared by all heads. The mixtures of experts are qwen3_moe.py. Source:
 transformers, models/qwen3/modeling_qwen3.py; https://arxiv.org/abs/2505.09388.
 """
 

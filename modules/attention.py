@@ -7,7 +7,8 @@ positions earlier (transformers' rule). `build_mask` puts that into one of three
 - BlockMask: packed rows on CUDA: FlexAttention, which skips the 128 x 128 blocks that nothing in them can see.
 - bool Tensor (B or 1, 1, T, S): packed rows elsewhere, rows of one block or less, and generation with a cache.
 
-Soft-capped scores (Gemma 2), cap * tanh(score / cap), are nothing SDPA has: FlexAttention where it runs, else plain products.
+Soft-capped scores (Gemma 2), cap * tanh(score / cap), and sinks (gpt-oss), one more score of each head that takes its share of
+the softmax and has no value, are nothing SDPA has: FlexAttention where it runs, else plain products.
 
 Legend: B batch, T query tokens, S key tokens, D hidden, H heads, K key/value heads, E head_dim.
 """
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.loss import soft_cap
@@ -83,6 +84,8 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
             self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, hidden, bias=config.o_bias)
+        sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
+        self.register_parameter("sinks", sinks)
         self.norm_over_heads = config.qk_norm_over_heads
         self.q_norm = build_norm(config, q_width if self.norm_over_heads else head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, kv_width if self.norm_over_heads else head_dim) if config.qk_norm else None
@@ -96,7 +99,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
         if cache is not None:
             k, v = cache.append(k, v, start)  # (B, K, S, E)
-        y = attend(q, k, v, mask, self.multiplier, self.softcap).transpose(1, 2)  # (B, T, H, E)
+        y = attend(q, k, v, mask, self.multiplier, self.softcap, self.sinks).transpose(1, 2)  # (B, T, H, E)
         return self.o_proj(y.flatten(2))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,35 +117,59 @@ class Attention(nn.Module):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, multiplier: float | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    multiplier: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(m q k^T where the mask allows) v: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
 
-    multiplier: m; None = 1 / sqrt(E). softcap: scores become cap * tanh(score / cap), before the mask; it needs a mask.
+    multiplier: m; None = 1 / sqrt(E). softcap: scores become cap * tanh(score / cap), before the mask; sinks (H,): a further
+    score of every query, whose value is 0. These two need a mask.
     """
     grouped = q.shape[1] != k.shape[1]  # H / K query heads share one key/value head
     options = {"scale": multiplier, "enable_gqa": grouped}
     if isinstance(mask, BlockMask):
         compile_here = q.is_cuda and not torch.compiler.is_compiling()  # within a compiled block it is part of that
         flex = _compiled_flex() if compile_here else flex_attention
-        return flex(q, k, v, score_mod=None if softcap is None else _capped(softcap), block_mask=mask, **options)
-    if softcap is not None:
-        return _capped_attention(q, k, v, mask, multiplier, softcap)
+        options |= {"score_mod": None if softcap is None else _capped(softcap), "block_mask": mask}
+        if sinks is None:
+            return flex(q, k, v, **options)
+        y, more = flex(q, k, v, return_aux=AuxRequest(lse=True), **options)
+        return _with_sinks(y, more.lse, sinks)
+    if softcap is not None or sinks is not None:
+        return _plain_attention(q, k, v, mask, multiplier, softcap, sinks)
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
     with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
 
 
-def _capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, multiplier: float | None, softcap: float
+def _with_sinks(y: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
+    """What attention without sinks, y (B, H, T, E), becomes with them; log_sum (B, H, T): the log of its sum of exponentials.
+
+    With S = exp(log_sum), every weight shrinks by S / (S + exp(sink)), which is sigmoid(log_sum - sink).
+    """
+    return y * torch.sigmoid(log_sum - sinks.float()[:, None]).unsqueeze(-1).to(y.dtype)
+
+
+def _plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, multiplier: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """The formula of `attend` in plain products; holds all scores. Cap and softmax in fp32."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, E)
     multiplier = q.shape[-1] ** -0.5 if multiplier is None else multiplier
-    scores = soft_cap((q @ k.transpose(2, 3)) * multiplier, softcap)  # (B, H, T, S)
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+    scores = (q @ k.transpose(2, 3)) * multiplier  # (B, H, T, S)
+    scores = scores.float() if softcap is None else soft_cap(scores, softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    column = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v
 
 
 @functools.cache  # one function for each cap, or torch.compile would see a new one each time
@@ -177,19 +204,19 @@ def build_mask(
     window: int | None,
     documents: Tensor | None,
     cached: bool = False,
-    softcapped: bool = False,
+    beyond_sdpa: bool = False,
 ) -> Mask:
     """The mask for ids (B, T), the last T of `num_keys` = S tokens (T and S differ only in generation).
 
     documents (B, S) int: the id of each token's document; None = every row is one. A padding token needs an id of its
     own (any that no document has), so that it sees at least itself: a fully masked softmax would be NaN.
     cached: for generation, which runs uncompiled: FlexAttention would hold all scores then, so its mask is a dense one.
-    softcapped: the scores are capped, which SDPA's causal path cannot do: never None.
+    beyond_sdpa: with caps or sinks, which SDPA's causal path cannot do: never None.
     """
     if window is not None and window >= num_keys:
         window = None
     square = ids.shape[1] == num_keys
-    if documents is None and window is None and square and not softcapped:
+    if documents is None and window is None and square and not beyond_sdpa:
         return None
     # Within one block there is nothing to skip, and FlexAttention has no kernel for some lengths so short.
     if square and not cached and num_keys > FLEX_BLOCK and flex_can_run(ids.device.type):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from torchft.modules.attention import Attention, LayerCache, Mask
-from torchft.modules.feed_forward import FeedForward, PackedFeedForward
+from torchft.modules.moe import build_feed_forward
 from torchft.modules.norm import build_norm
 
 if TYPE_CHECKING:  # that module imports this one
@@ -27,12 +27,12 @@ class Block(nn.Module):
     draws = True  # whether its forward may draw random numbers (dropout)
     compilable = True  # whether torch.compile has something to gain
     norms = ("input_layernorm", "post_attention_layernorm")
+    feed_forward = "mlp"  # what the checkpoint calls it
 
-    def __init__(self, config: "TransformerConfig") -> None:
+    def __init__(self, config: "TransformerConfig", layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        feed_forward = PackedFeedForward if config.packed_gate_up else FeedForward
-        self.mlp = feed_forward(config.hidden_size, config.intermediate_size, config.mlp_bias, config.activation)
+        self.add_module(self.feed_forward, build_feed_forward(config, layer))
         for name in self.norms:
             self.add_module(name, build_norm(config, config.hidden_size))
 
@@ -47,8 +47,8 @@ class Block(nn.Module):
 class ScaledBlock(Block):
     """Pre-norm, each branch scaled by a constant before it is added (Granite)."""
 
-    def __init__(self, config: "TransformerConfig") -> None:
-        super().__init__(config)
+    def __init__(self, config: "TransformerConfig", layer: int) -> None:
+        super().__init__(config, layer)
         self.residual_multiplier = config.residual_multiplier
 
     def forward(
@@ -88,6 +88,19 @@ class SandwichBlock(Block):
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
 
 
+class MixtralBlock(Block):
+    """Pre-norm, under Mixtral's name of the feed forward."""
+
+    feed_forward = "block_sparse_moe"
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """As Block.forward."""
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache, start)
+        return h + self.block_sparse_moe(self.post_attention_layernorm(h))
+
+
 class Glm4Block(Block):
     """Norms before and behind each branch, under GLM-4's names."""
 
@@ -106,5 +119,6 @@ BLOCKS: dict[str, type[Block]] = {
     "scaled": ScaledBlock,
     "post_norm": PostNormBlock,
     "sandwich": SandwichBlock,
+    "mixtral": MixtralBlock,
     "glm4": Glm4Block,
 }

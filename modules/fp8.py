@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from torchft.modules.moe import ExpertLinear
 from torchft.modules.nf4 import frozen_linears
 
 DTYPE = torch.float8_e4m3fn
@@ -132,6 +133,9 @@ def quantize_fp8(model: nn.Module) -> Fp8Report:
     """
     quantized, skipped, num_bytes, num_weights = [], [], 0, 0
     for name, module in frozen_linears(model, "FP8"):
+        if isinstance(module, ExpertLinear):
+            skipped.append((name, "which is a stack of experts"))
+            continue
         if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
             skipped.append((name, f"whose sides {module.out_features} x {module.in_features} are no multiples of {MULTIPLE}"))
             continue

@@ -9,6 +9,9 @@ W0 (out, in) is frozen and may be stored as NF4 or FP8; A (rank, in), B (out, ra
 so that AdamW's small steps are not rounded away, and are cast to the activations' dtype where they are used. Names are
 PEFT's: `q_proj.weight`, `q_proj.lora_A.weight`, `q_proj.lora_B.weight`, `q_proj.lora_magnitude_vector`.
 
+In a mixture of experts (moe.py) every expert has an adapter of its own, and those of one projection lie one below the other
+like the weights: A (E * rank, in), B (E * out, rank). DoRA is not for experts.
+
 Order: model on meta -> `add_lora` -> (`quantize_nf4` or `quantize_fp8`) -> load the weights -> `init_lora`, or load an adapter.
 Left out: adapters on embeddings, biases in adapters, several adapters at once, per-layer ranks.
 """
@@ -24,6 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchft.modules import fp8, nf4
+from torchft.modules.moe import ExpertLinear, expert_linear
+from torchft.modules.nf4_experts import grouped_linear
+from torchft.modules.routing import ROUTERS, Rows
 from torchft.modules.sharding import divided_like, local, place, rows_held, whole
 
 NORM_ROWS = 1024  # rows of DoRA's norm computed at once: bounds its two fp32 temporaries to rows x in
@@ -34,7 +40,7 @@ class LoraSpec:
     """What an adapter is, apart from its weights.
 
     `target_modules` are names of linears, matched whole or after a dot ("q_proj", "mlp.up_proj",
-    "layers.0.mlp.up_proj"), or ("all-linear",): every linear but lm_head.
+    "layers.0.mlp.up_proj"), or ("all-linear",): every linear but lm_head and routers, the experts' included.
     """
 
     rank: int
@@ -68,7 +74,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear: nn.Linear, spec: LoraSpec) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias  # shared, not copied
-        self.scale = spec.scale
+        self.rank, self.scale = spec.rank, spec.scale
         self.dropout = spec.dropout
         self.enabled = True  # see adapters_off
         self.lora_A = nn.Linear(self.in_features, spec.rank, bias=False, device="meta", dtype=torch.float32)
@@ -97,6 +103,10 @@ class LoRALinear(nn.Linear):
             base = y if self.bias is None else y - self.bias
         return y + delta + excess * (base + delta)
 
+    def delta(self) -> Tensor:
+        """s B A, (out, in) fp32."""
+        return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+
     @torch.no_grad()  # section 4.3 of the DoRA paper: the norm is a constant in backward
     def row_norms(self) -> Tensor:
         """||W0 + s B A|| of each output row, (out,) fp32."""
@@ -106,13 +116,35 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         kind = "DoRA" if self.lora_magnitude_vector is not None else "LoRA"
-        numbers = f"rank={self.lora_A.out_features}, scale={self.scale:g}, dropout={self.dropout:g}"
+        numbers = f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
         return f"{super().extra_repr()}, {kind} {numbers}"
 
     def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if fp8.is_fp8(self.weight):
             return fp8.linear(x, self.weight, self.weight_scale, bias)
         return nf4.linear(x, self.weight, bias)
+
+
+class LoRAExpertLinear(LoRALinear):
+    """A frozen ExpertLinear with an adapter for each expert. Made by `add_lora`."""
+
+    def __init__(self, linear: ExpertLinear, spec: LoraSpec) -> None:
+        super().__init__(linear, spec)
+        self.num_experts, self.stacked = linear.num_experts, linear.stacked
+        self.lora_A = nn.Linear(self.in_features, self.num_experts * spec.rank, bias=False, device="meta", dtype=torch.float32)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (M, in) sorted by expert -> (M, out)
+        y = expert_linear(x, self.weight, self.bias, self.num_experts, rows)  # W0 x + b
+        if not self.enabled:
+            return y
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x
+        inner = grouped_linear(dropped, self.lora_A.weight, self.num_experts, rows.offsets) * self.scale
+        return y + grouped_linear(inner, self.lora_B.weight, self.num_experts, rows.offsets)
+
+    def delta(self, experts: slice = slice(None)) -> Tensor:
+        """s B A of these experts, one below the other, (e * out, in) fp32."""
+        a, b = (adapter.weight.unflatten(0, (self.num_experts, -1))[experts] for adapter in (self.lora_A, self.lora_B))
+        return self.scale * (b @ a).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -122,12 +154,13 @@ class LoraReport:
     names: tuple[str, ...]  # of the adapted linears
     num_trained: int  # parameters of the adapters
     num_total: int  # parameters of the model, adapters included
+    experts: bool = False  # whether experts are among them
 
     def __str__(self) -> str:
         kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in self.names))
         share = 100 * self.num_trained / self.num_total
         return (
-            f"LoRA: {len(self.names)} linears ({', '.join(kinds)}), "
+            f"LoRA: {len(self.names)} linears{', experts included' if self.experts else ''} ({', '.join(kinds)}), "
             f"{self.num_trained:,} of {self.num_total:,} parameters are trained ({share:.2f}%)"
         )
 
@@ -138,17 +171,20 @@ def add_lora(model: nn.Module, spec: LoraSpec) -> LoraReport:
     Works on meta and on loaded models. The new parameters are on meta until `init_lora` or the adapter's loading.
 
     Raises:
-        ValueError: a target matches nothing, or something that is no linear, or lm_head; the model has adapters
-            already.
+        ValueError: a target matches nothing, or no linear, or lm_head; DoRA on experts; the model has adapters already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model already has LoRA adapters; build it anew to give it others")
     names = _matched_linears(model, spec.target_modules)
+    stacks = [name for name in names if isinstance(model.get_submodule(name), ExpertLinear)]
+    if stacks and spec.use_dora:
+        raise ValueError(f"lora dora is not for experts, such as {stacks[0]}; name other target_modules, or leave DoRA out")
     model.requires_grad_(False)
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), spec))
+        kind = LoRAExpertLinear if name in stacks else LoRALinear
+        model.set_submodule(name, kind(model.get_submodule(name), spec))
     trained = sum(param.numel() for param in trainable_parameters(model).values())
-    return LoraReport(tuple(names), trained, sum(param.numel() for param in model.parameters()))
+    return LoraReport(tuple(names), trained, sum(param.numel() for param in model.parameters()), bool(stacks))
 
 
 def _matched_linears(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -156,7 +192,11 @@ def _matched_linears(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linears = [name for name in linears if _leaf(name) != "lm_head"]
     if targets == ("all-linear",):
-        return linears
+        return [name for name in linears if _leaf(name) not in ROUTERS]
+    return _named_linears(model, targets, linears)
+
+
+def _named_linears(model: nn.Module, targets: tuple[str, ...], linears: list[str]) -> list[str]:
     for target in targets:
         _check_target(model, target, linears)
     return [name for name in linears if matches(name, targets)]
@@ -169,9 +209,7 @@ def _check_target(model: nn.Module, target: str, linears: list[str]) -> None:
         raise _matches_nothing(target, linears)
     wrong = next((name for name in hits if name not in linears), None)
     if wrong and _leaf(wrong) in ("embed_tokens", "lm_head"):
-        raise ValueError(
-            f"lora target_modules: {target!r} takes no adapter; name it in modules_to_save to train it whole"
-        )
+        raise ValueError(f"lora target_modules: {target!r} takes no adapter; name it in modules_to_save to train it whole")
     if wrong:
         kind = type(model.get_submodule(wrong)).__name__
         raise ValueError(f"lora target_modules: {target!r} is {wrong}, a {kind}; adapters go on linears only")
@@ -264,7 +302,7 @@ def _dense(layer: LoRALinear) -> Tensor:
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
     """The one dense weight (out, in) that does what base and adapter do together, in fp32; the caller rounds it."""
-    merged = _dense(layer).float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
+    merged = _dense(layer).float() + layer.delta()
     if layer.lora_magnitude_vector is not None:
         merged *= (layer.lora_magnitude_vector / layer.row_norms()).unsqueeze(1)
     return merged

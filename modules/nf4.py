@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from torchft.modules.compiler import missing_compiler
+from torchft.modules.routing import ROUTERS
 
 
 @contextmanager
@@ -45,6 +46,7 @@ BLOCK_SIZE = 64  # weights per scale
 SCALER_BLOCK_SIZE = 256  # scales per scale of scales
 BYTES = 0.5 + 1 / BLOCK_SIZE + 4 / (BLOCK_SIZE * SCALER_BLOCK_SIZE)  # per weight
 DIVISOR = BLOCK_SIZE * SCALER_BLOCK_SIZE  # 16,384: a tensor holds whole scaler blocks, or it cannot be NF4
+DENSE = ("lm_head", *ROUTERS)  # linears that stay as they are
 CHUNK_BYTES = 2**20  # codes decoded at once without a compiler: bounds the int32 index to 4 MiB
 
 
@@ -105,7 +107,7 @@ class NF4Report:
 
 
 def quantize_nf4(model: nn.Module) -> NF4Report:
-    """Give every frozen linear but lm_head an NF4 weight. Embeddings, lm_head and trained modules stay dense.
+    """Give every frozen linear but lm_head and routers an NF4 weight. Embeddings and trained modules stay dense too.
 
     Meant for a model on meta, after `add_lora` and before the weights are streamed in: loading then quantises tensor by
     tensor and the dense model never exists. Works on real weights too. Plain linears are replaced by `NF4Linear`, which
@@ -132,11 +134,11 @@ def quantize_nf4(model: nn.Module) -> NF4Report:
 
 
 def frozen_linears(model: nn.Module, storage: str) -> list[tuple[str, nn.Linear]]:
-    """What another storage type may hold: every frozen linear but lm_head, by name. Raises ValueError if there is none."""
+    """What another storage type may hold: every frozen linear but lm_head and routers, by name. Raises ValueError if there is none."""
     linears = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head" and not module.weight.requires_grad
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in DENSE and not module.weight.requires_grad
     ]
     if not linears:
         raise ValueError(

@@ -20,6 +20,7 @@ from torchft.modules.attention import LayerCache, build_mask
 from torchft.modules.block import BLOCKS
 from torchft.modules.checkpointing import Checkpointing
 from torchft.modules.loss import linear_cross_entropy, linear_logprobs, soft_cap
+from torchft.modules.moe import MoeConfig
 from torchft.modules.norm import build_norm
 from torchft.modules.rope import RopeConfig, rope_tables
 from torchft.modules.tree_mask import build_tree_mask
@@ -57,8 +58,10 @@ class TransformerConfig:
     residual_multiplier: float = 1.0  # of block "scaled"
     attention_multiplier: float | None = None  # of the scores; None = 1 / sqrt(head_dim)
     attn_logit_softcapping: float | None = None  # scores become cap * tanh(score / cap)
+    attention_sinks: bool = False  # a trained score of each head that takes its share of the softmax (gpt-oss)
     final_logit_softcapping: float | None = None  # and logits likewise
     logits_scaling: float = 1.0  # logits are divided by it
+    moe: MoeConfig | None = None  # the feed forwards are mixtures of experts
 
     def __post_init__(self) -> None:
         assert self.num_attention_heads % self.num_key_value_heads == 0, (
@@ -97,12 +100,12 @@ class Decoder(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.ropes = config.layer_ropes or (config.rope,) * config.num_hidden_layers
-        self.softcapped = config.attn_logit_softcapping is not None
+        self.beyond_sdpa = config.attn_logit_softcapping is not None or config.attention_sinks
         self.multiplier = config.embedding_multiplier
         self.windows = config.sliding_windows or (None,) * config.num_hidden_layers
         self.checkpointing = Checkpointing()  # replaced by apply_activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size)
 
     def forward(
@@ -126,7 +129,7 @@ class Decoder(nn.Module):
             assert documents is not None and cache is None, "a tree of branches is trained, and never generated from"
             masks = {window: build_tree_mask(documents, branches, positions, window) for window in set(self.windows)}
         else:
-            options = {"cached": cache is not None, "softcapped": self.softcapped}
+            options = {"cached": cache is not None, "beyond_sdpa": self.beyond_sdpa}
             masks = {
                 window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
             }

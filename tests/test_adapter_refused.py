@@ -39,7 +39,7 @@ REFUSED_FIELDS = {
     "lora_bias": True,
     "fan_in_fan_out": True,
     "trainable_token_indices": [1, 2],
-    "target_parameters": ["experts.gate_up_proj"],
+    "target_parameters": "experts.gate_up_proj",
     "exclude_modules": ["q_proj"],
     "layer_replication": [[0, 1]],
     "init_lora_weights": "eva",

@@ -28,6 +28,8 @@ ROWS = {  # <family>/<size> -> its row in the family's table of sizes
     | {"ministral_8B": "Ministral-8B"},
     "qwen2_5": {f"{n}B": f"Qwen2.5-{n}B" for n in ("0.5", "1.5", "3", "7", "14", "32", "72")},
     "qwen3": {f"{n}B": f"Qwen3-{n}B" for n in ("0.6", "1.7", "4", "8", "14", "32")},
+    "mixtral": {"8x7B": "Mixtral-8x7B"},
+    "qwen3_moe": {"30B_A3B": "Qwen3-30B-A3B"},
     "smollm2": {"135M": "SmolLM2-135M", "360M": "SmolLM2-360M", "1.7B": "SmolLM2-1.7B"},
     "smollm3": {"3B": "SmolLM3-3B"},
     "tinyllama": {"1.1B": "TinyLlama-1.1B"},
@@ -39,6 +41,7 @@ ROWS = {  # <family>/<size> -> its row in the family's table of sizes
     "phi3_5": {"mini_3.8B": "Phi-3-mini-4k"},
     "phi4": {"14B": "Phi-4", "mini_3.8B": "Phi-4-mini"},
     "olmo2": {"1B": "OLMo-2-1B", "7B": "OLMo-2-7B", "13B": "OLMo-2-13B", "32B": "OLMo-2-32B"},
+    "gpt_oss": {"20B": "gpt-oss-20b", "120B": "gpt-oss-120b"},
     "granite3_3": {"2B": "Granite-3.3-2B", "8B": "Granite-3.3-8B"},
     "glm4": {"9B": "GLM-4-9B-0414", "32B": "GLM-4-32B-0414"},
 }

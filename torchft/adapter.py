@@ -29,6 +29,7 @@ from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, t
 from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter
 from torchft.ranks import rank
 from torchft.safetensors_header import read_header
+from torchft.stored import Piece, pieces, target_parameters
 
 if TYPE_CHECKING:
     from torchft.data.chat_template import ChatTemplate
@@ -91,6 +92,12 @@ def adapter_tensors(model: CausalLM) -> dict[str, nn.Parameter]:
     return tensors
 
 
+def _pieces(model: CausalLM) -> dict[str, list[Piece]]:
+    """How the file holds each of `adapter_tensors`."""
+    stored = pieces(model)
+    return {name: stored.get(name, [Piece(name, 0, len(param), tuple(param.shape))]) for name, param in adapter_tensors(model).items()}
+
+
 def save_adapter(
     model: CausalLM,
     spec: LoraSpec,
@@ -116,15 +123,21 @@ def save_adapter(
     if spec.target_modules == ("all-linear",):
         spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
     whole = trained_modules(model)
-    fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model))
+    parameters = target_parameters(layers, spec.target_modules)
+    fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model), parameters=parameters)
     # PEFT has no field for how the base was stored, but merging must know what the adapter was trained on.
     base_dtype = model.model.norm.weight.dtype
     stored = {"base_dtype": str(base_dtype).removeprefix("torch."), "base_quantization": _quantization(layers)}
     metadata = {"format": "pt"} | stored
-    tensors = {PREFIX + name: gathered(param.detach()) for name, param in adapter_tensors(model).items()}
+    tensors = {name: gathered(param.detach()) for name, param in adapter_tensors(model).items()}
     if rank() > 0:
         return
-    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}  # a tied weight twice: no shared memory
+    stored = _pieces(model)
+    tensors = {  # a tied weight twice: no shared memory
+        PREFIX + piece.name: piece.cut(tensor).to("cpu", copy=True)
+        for name, tensor in tensors.items()
+        for piece in stored[name]
+    }
     with export_directory(Path(path), replace=replace_existing) as folder:
         write_bytes(folder / WEIGHTS, safetensors_bytes(tensors, metadata))
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
@@ -234,7 +247,8 @@ def read_tensors(model: CausalLM, folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: they are not exactly those that `model` has, in its shapes.
     """
-    file, wanted = weights_file(folder), adapter_tensors(model)
+    file, stored = weights_file(folder), _pieces(model)
+    wanted = {piece.name: piece for each in stored.values() for piece in each}
     infos = read_header(file).tensors
     keys = {_current_spelling(key, infos): key for key in infos}
     needed = {PREFIX + name for name in wanted}
@@ -245,12 +259,16 @@ def read_tensors(model: CausalLM, folder: Path) -> dict[str, Tensor]:
             f"{len(unexpected)} unexpected {unexpected[:4]} ({len(infos)} in the file, {len(wanted)} wanted); "
             "is it an adapter for this base model, with the modules_to_save that its config names?"
         )
-    for name, param in wanted.items():
-        info, shape = infos[keys[PREFIX + name]], tuple(param.shape)
+    for name, piece in wanted.items():
+        info, shape = infos[keys[PREFIX + name]], piece.shape
         if info.shape != shape or info.dtype not in ("F32", "F16", "BF16"):
             raise UserError(f"{file}: {name} is {info.dtype} {info.shape}, the model's a float tensor {shape}")
     loaded = load_file(file)
-    return {name: loaded[keys[PREFIX + name]] for name in wanted}
+    values = {
+        name: [piece.rows_of(loaded[keys[PREFIX + piece.name]], 0, piece.stop) for piece in each]
+        for name, each in stored.items()
+    }
+    return {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in values.items()}
 
 
 def _current_spelling(key: str, others: Collection[str]) -> str:

@@ -34,7 +34,7 @@ class LoraOptions:
     dropout: float = 0.0  # on the adapter's input
     rslora: bool = False  # https://arxiv.org/abs/2312.03732
     dora: bool = False  # https://arxiv.org/abs/2402.09353
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # leaf names; all-linear: all but lm_head
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # leaf names; all-linear: not lm_head, routers
     modules_to_save: list[str] = field(default_factory=list)  # trained whole beside the adapter: embed_tokens, lm_head
     new_tokens: list[str] = field(default_factory=list)  # added to the tokenizer; trained are their rows alone
     adapter: str = ""  # a PEFT adapter directory to train further; it decides the fields above

@@ -5,7 +5,8 @@
 Blocks become FusedBlocks (fused_block.py; with an FP8 base fused_fp8.py), which hold the very same submodules: names,
 parameters, state dict and dtypes stay. Whatever a kernel does not cover (generation with a cache) runs
 in the plain forward; what is skipped altogether is said. Left out: fused blocks for full fine-tuning, whose weights are
-trained, and for families whose blocks compute something else (Gemma, OLMo 2, Granite, GLM-4).
+trained, and for families whose blocks compute something else (Gemma, OLMo 2,
+Granite, GLM-4, mixtures of experts).
 """
 
 from dataclasses import dataclass
@@ -108,12 +109,14 @@ def _other_maths(config: TransformerConfig) -> str:
     """What the blocks of this model compute that a FusedBlock does not, or ""."""
     ropes = (config.rope, *config.layer_ropes)
     reasons = {
+        "their feed forwards are mixtures of experts": config.moe is not None,
         "their branches are scaled": config.block == "scaled",
         "their norms stand in other places": config.block not in ("pre_norm", "scaled"),
         "their norms multiply by 1 + weight": config.norm_offset,
         "their queries and keys are normalised over all heads at once": config.qk_norm_over_heads,
         f"their gate is {config.activation}": config.activation != "silu",
         "their attention scores are scaled or capped": (config.attention_multiplier, config.attn_logit_softcapping) != (None, None),
+        "their attention has sinks": config.attention_sinks,
         "their heads are rotated in part or in neighbouring pairs": any(
             rope.interleaved or rope.partial_rotary_factor not in (0, 1) for rope in ropes
         ),

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint directory, checked before anything in it is believed: safetensors files and their index.
 
 Exactly the tensors of the index are used, each from the file it names, and nothing outside the directory is ever
-opened. Pickled files are refused by their names.
+opened. Pickled files are refused by their names. MXFP4 tensors appear as the bf16 that they mean (mxfp4.py).
 """
 
 import hashlib
@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchft import mxfp4
 from torchft.errors import UserError
 from torchft.safetensors_header import TensorInfo, read_header, unique_keys
 
@@ -29,21 +31,32 @@ class Checkpoint:
     """A checked HF checkpoint directory: `tensors` are all that it holds, by name, file after file."""
 
     path: Path
-    tensors: dict[str, TensorInfo]
+    stored: dict[str, TensorInfo]  # as the files have it
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """As it is read."""
+        return mxfp4.decoded(self.stored)
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU: a view of the mapped file, as in `stream`."""
-        with _opened(self.tensors[name].file) as file:
+        if name not in self.stored:
+            return self._coded(name)[:]
+        with _opened(self.stored[name].file) as file:
             return file.get_tensor(name)
 
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
+    def _coded(self, name: str) -> mxfp4.Coded:
+        return mxfp4.Coded(self.read(name + mxfp4.BLOCKS), self.read(name + mxfp4.SCALES))
+
+    def stream(self) -> Iterator[tuple[str, Tensor | mxfp4.Coded]]:
         """(name, tensor on the CPU) file by file. The tensor is a view of the mapped file: copy it, do not keep it."""
         by_file: dict[Path, list[str]] = {}
         for name, info in self.tensors.items():
             by_file.setdefault(info.file, []).append(name)
         for path, names in by_file.items():
             with _opened(path) as file:
-                yield from ((name, file.get_tensor(name)) for name in names)
+                for name in names:
+                    yield name, file.get_tensor(name) if name in self.stored else self._coded(name)
 
 
 @contextmanager

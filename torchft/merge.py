@@ -9,7 +9,7 @@ the checkpoint's own weights: they are the better model, and other programs load
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,19 @@ from torchft.model_dir import (
 )
 from torchft.models import build_model, read_config
 from torchft.modules import nf4
-from torchft.modules.lora import lora_layers, merged_weight
+from torchft.modules.lora import LoRAExpertLinear, LoRALinear, merged_weight
 from torchft.modules.transformer import CausalLM
 from torchft.safetensors_header import read_header
+from torchft.stored import Piece, pieces
 from torchft.weights import ENDS, FLOATS, load_weights
 
 TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 }
+
+
+KEPT_STACKS = 3  # of a layer's experts
 
 
 @dataclass(frozen=True)
@@ -113,27 +117,42 @@ class _Parts:
     model: CausalLM  # on meta but for its adapters
     sources: dict[str, str]  # each written tensor -> the base's tensor it is made from
     whole: dict[str, Tensor]  # trained whole: they take the base tensor's place
+    linears: dict[str, tuple[str, Piece]]  # a linear's tensor in the files -> the linear, and the piece of its weight
     nf4_names: frozenset[str]  # linears that were NF4 in training, if the merge is into those
     nf4_dtype: torch.dtype  # they were quantised from
     base_words: str  # which base it is, for people
+    stacks: dict[str, Tensor] = field(default_factory=dict)  # dequantised, of the experts that were asked for last
 
     def shape(self, name: str) -> torch.Size:
         return self.whole[name].shape if name in self.whole else torch.Size(self.base.tensors[self.sources[name]].shape)
 
     def base_tensor(self, name: str) -> Tensor:
         """The base's, as the adapter shall meet it."""
-        weight = self.base.read(self.sources[name])
-        if name.removesuffix(".weight") not in self.nf4_names or not name.endswith(".weight"):
-            return weight
-        return nf4.dequantize(nf4.to_nf4(weight.to(self.nf4_dtype)))
+        linear, piece = self.linears.get(name, ("", None))
+        return piece.cut(self.dequantised(linear)) if linear in self.nf4_names else self.base.read(self.sources[name])
+
+    def dequantised(self, linear: str) -> Tensor:
+        """A linear's whole weight as NF4 training saw it; of experts, whose tensors come one by one, the last few are kept."""
+        if linear not in self.stacks:
+            own = [piece for owner, piece in self.linears.values() if owner == linear]
+            rows = [piece.rows_of(self.base.read(self.sources[piece.name]), 0, piece.stop) for piece in own]
+            weight = torch.cat(rows).to(self.nf4_dtype)
+            while len(self.stacks) >= KEPT_STACKS:
+                del self.stacks[next(iter(self.stacks))]
+            self.stacks[linear] = nf4.dequantize(nf4.to_nf4(weight))
+        return self.stacks[linear]
 
     def merged(self, name: str, base: Tensor) -> Tensor:
         """`base`, with what the adapter does to it; not yet rounded to the dtype it is written in."""
         if name in self.whole:
             return self.whole[name]
-        layer = lora_layers(self.model).get(name.removesuffix(".weight"))
-        if layer is None or not name.endswith(".weight"):  # a layer's bias is the base's
+        linear, piece = self.linears.get(name, ("", None))
+        layer = self.model.get_submodule(linear)
+        if not isinstance(layer, LoRALinear):
             return base
+        if isinstance(layer, LoRAExpertLinear):
+            rows = piece.rows_of(base, 0, piece.stop).float()
+            return piece.to_file(rows + layer.delta(piece.experts(layer.num_experts, layer.out_features)))
         on_meta = layer.weight
         layer.weight = nn.Parameter(base, requires_grad=False)
         try:
@@ -156,6 +175,12 @@ def _take_apart(base_path: Path, adapter_path: Path, nf4_base: bool) -> _Parts:
     _fill_adapters(model, tensors)
     sources = _sources(base, was_tied, model.config.tie_word_embeddings)
     whole = {name: tensors[name] for name in ENDS if name in tensors and name in sources}
+    linears = {
+        piece.name: (name.removesuffix(".weight"), piece)
+        for name, each in pieces(model).items()
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear) and name.endswith(".weight")
+        for piece in each
+    }
     trained_on = read_header(weights_file(adapter_path)).metadata
     nf4_dtype = torch.float32 if trained_on.get("base_dtype") == "float32" else torch.bfloat16
     words, nf4_names = "the checkpoint's own weights", frozenset()
@@ -163,7 +188,7 @@ def _take_apart(base_path: Path, adapter_path: Path, nf4_base: bool) -> _Parts:
         words, nf4_names = "the dequantised NF4 weights", frozenset(nf4.quantize_nf4(model).quantized)
     elif trained_on.get("base_quantization") == "nf4":
         words += " (the adapter was trained on their NF4 form: --nf4-base merges into that)"
-    return _Parts(base, adapter_path, model, sources, whole, nf4_names, nf4_dtype, words)
+    return _Parts(base, adapter_path, model, sources, whole, linears, nf4_names, nf4_dtype, words)
 
 
 def _sources(base: Checkpoint, was_tied: bool, is_tied: bool) -> dict[str, str]:
@@ -233,5 +258,5 @@ def _reference_logits(parts: _Parts) -> Tensor:
     load_weights(model, parts.base.path, device="cpu", dtype=torch.float32, new_rows=new_rows)
     load_adapter(model, parts.adapter)
     for name in parts.nf4_names:
-        model.get_submodule(name).weight.data.copy_(parts.base_tensor(f"{name}.weight"))
+        model.get_submodule(name).weight.data.copy_(parts.dequantised(name))
     return probe_logits(model)

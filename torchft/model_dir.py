@@ -76,10 +76,11 @@ def write_config(base: Path, hf: dict[str, Any], folder: Path, changes: dict[str
     """The base's config.json (`hf`, read), but for `changes` and the dtype of the weights (None: as it is)."""
     if dtype is not None:  # transformers 5 writes dtype, older ones torch_dtype
         changes = changes | {"dtype" if "dtype" in hf else "torch_dtype": str(dtype).removeprefix("torch.")}
-    if all(hf.get(key) == value for key, value in changes.items()):
+    written = {key: value for key, value in (hf | changes).items() if key != "quantization_config"}  # what is written is not
+    if written == hf:
         shutil.copyfile(contained(base, "config.json"), folder / "config.json")
     else:
-        write_json(folder / "config.json", hf | changes)
+        write_json(folder / "config.json", written)
 
 
 def copy_companions(base: Path, folder: Path) -> None:

@@ -35,8 +35,15 @@ class AdapterConfig:
     base_path: str  # as it was when the adapter was saved; may mean nothing on this machine
 
 
-def peft_fields(spec: LoraSpec, modules_to_save: tuple[str, ...], base_path: str, *, tied: bool) -> dict[str, Any]:
-    """The content of adapter_config.json. `tied`: the modules are two names of one weight, which PEFT shall keep so."""
+def peft_fields(
+    spec: LoraSpec, modules_to_save: tuple[str, ...], base_path: str, *, tied: bool, parameters: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    tied: the modules are two names of one weight, which PEFT shall keep so. parameters: those of the spec's targets that are
+    parameters to PEFT, with its name for them (gpt-oss's experts).
+    """
+    parameters = parameters or {}
     assert spec.target_modules != ("all-linear",), "written out by name: PEFT's own rule for it may change"
     fields = {
         "alpha_pattern": {},
@@ -55,11 +62,13 @@ def peft_fields(spec: LoraSpec, modules_to_save: tuple[str, ...], base_path: str
         "r": spec.rank,
         "rank_pattern": {},
         "revision": None,
-        "target_modules": list(spec.target_modules),
+        "target_modules": [target for target in spec.target_modules if target not in parameters] or None,
         "task_type": "CAUSAL_LM",
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
+    if parameters:
+        fields["target_parameters"] = sorted(parameters.values())
     return fields | {"ensure_weight_tying": True} if tied else fields
 
 
@@ -151,7 +160,7 @@ class _Fields:
     def targets(self) -> tuple[str, ...]:
         if self.left.get("target_modules") == "all-linear":
             return (self.left.pop("target_modules"),)
-        targets = self.names("target_modules")
+        targets = self.names("target_modules") + self.names("target_parameters")
         if not targets:
             raise self.error("target_modules", targets, 'it must name linears, or be "all-linear"')
         return tuple(targets)

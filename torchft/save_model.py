@@ -4,6 +4,7 @@ Every process of the run calls `save_model`: all of them hold the weights, the f
 more memory than one file's tensors. Names, config.json and tokenizer are the base model's, so other programs read it unchanged.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from torchft.models import build_model, read_config
 from torchft.modules.sharding import gathered
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import rank
+from torchft.stored import Piece, pieces
 from torchft.weights import load_weights
 
 if TYPE_CHECKING:
@@ -74,14 +76,14 @@ def save_model(
         UserError: it cannot be written, a weight is not finite in `dtype`, or what was written is not what was trained.
     """
     weights = _weights(model, base_path)
-    sizes = {name: param.numel() * dtype.itemsize for name, param in weights.items()}
+    sizes = {name: math.prod(piece.shape) * dtype.itemsize for name, (_, piece) in weights.items()}
     shards, num_bytes = plan_shards(sizes, max_shard_bytes), sum(sizes.values())
     main = rank() == 0
     with export_directory(out, replace=True) if main else nullcontext(out) as folder:
         if main:
             check_space(folder, num_bytes)
         for file, names in shards.items():
-            _write_file(folder / file, {name: weights[name] for name in names}, dtype)
+            _write_file(folder / file, model, {name: weights[name] for name in names}, dtype)
         trained = probe_logits(model)  # all processes take part
         error = None
         if main:
@@ -93,18 +95,24 @@ def save_model(
     return SavedModel(out, len(sizes), num_bytes, error)
 
 
-def _weights(model: CausalLM, base_path: Path) -> dict[str, Tensor]:
-    """The parameters in the order of the base's files; a tied head once, as there."""
-    params = {name: param.detach() for name, param in model.named_parameters()}
-    order = [name for name in open_checkpoint(base_path).tensors if name in params]
-    assert len(order) == len(params), sorted(params.keys() - set(order))
-    return {name: params[name] for name in order}
+def _weights(model: CausalLM, base_path: Path) -> dict[str, tuple[str, Piece]]:
+    """Tensor of the files -> name of the parameter, and the piece of it.
+
+    In the order of the base's files, but the experts of a stack together, so that it is gathered once. A tied head once, as there.
+    """
+    stored = pieces(model)
+    owners = {piece.name: name for name, each in stored.items() for piece in each}
+    order = dict.fromkeys(owners[name] for name in open_checkpoint(base_path).tensors if name in owners)
+    assert len(order) == len(stored), sorted(stored.keys() - set(order))
+    return {piece.name: (name, piece) for name in order for piece in stored[name]}
 
 
-def _write_file(file: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _write_file(file: Path, model: CausalLM, weights: dict[str, tuple[str, Piece]], dtype: torch.dtype) -> None:
     """Gather, write and read back one file; its tensors are gone when this returns."""
-    tensors = {name: _gathered_as(weight, dtype) for name, weight in weights.items()}
+    params = dict.fromkeys(param for param, _ in weights.values())
+    whole = {name: _gathered_as(model.get_parameter(name).detach(), dtype) for name in params}  # on the other processes nothing
     if rank() == 0:
+        tensors = {name: piece.cut(whole[param]) for name, (param, piece) in weights.items()}
         _check_finite(tensors, dtype)
         write_shard(file, tensors, {"format": "pt"})
 

@@ -42,15 +42,18 @@ def flops_per_token(model: CausalLM, seq_len: int) -> float:
 
     A linear with N weights costs 2N FLOPs per token forward and 2N for its input's gradient; its weight's gradient,
     another 2N, only where the weight is trained. So about 4N with LoRA, 6N for full fine-tuning; the embedding is a
-    lookup. Attention costs 2 x 2 x context x heads x head_dim forward (scores, weighted sum of values) and twice that
+    lookup, and of a mixture's experts only those that a token takes are counted. Attention costs 2 x 2 x context x heads x head_dim forward (scores, weighted sum of values) and twice that
     backward, its causal context being seq_len / 2 on average: 6 x seq_len x heads x head_dim per layer. Slightly too
     much: packed rows attend to less, and with LoRA the first block's q, k and v need no input gradient.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # in x out rather than numel: a quantised weight is stored in another shape
-    sizes = [(layer.in_features * layer.out_features, layer.weight.requires_grad) for layer in linears]
-    matmuls = sum((6 if trained else 4) * size for size, trained in sizes)
     config = model.config
+    active = 1.0 if config.moe is None else config.moe.num_experts_per_tok / config.moe.num_experts
+    matmuls = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            # in x out rather than numel: a quantised weight is stored in another shape
+            size = layer.in_features * layer.out_features * (active if ".experts." in name else 1.0)
+            matmuls += (6 if layer.weight.requires_grad else 4) * size
     return matmuls + 6 * config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_dim
 
 

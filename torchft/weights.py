@@ -1,13 +1,13 @@
 """Weights into a model built on meta: streamed from a Hugging Face checkpoint, or random from a seed.
 
-Tensor by tensor: read, cast, moved, quantised where the model says NF4 or FP8, put in place. So neither a dense copy of a
-quantised model nor a second copy of any model ever exists. Checkpoint names are the model's own, so there is no key
-table; whatever does not fit exactly is an error that names the tensor.
+Tensor by tensor: read, cast, moved, quantised where the model says NF4 or FP8, put in place; a stack of experts when its last one is
+read. So neither a dense copy of a quantised model nor a second copy of any model ever exists. Checkpoint names are the
+model's own, but for the experts' numbers (stored.py); whatever does not fit exactly is an error that names the tensor.
 """
 
 import zlib
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from torchft.modules.score import Score
 from torchft.modules.sharding import cut, divided_like, local, rows_held
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import TrainedEmbedding, TrainedHead
+from torchft.mxfp4 import Coded
+from torchft.stored import Piece, pieces
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -55,21 +57,18 @@ def load_weights(
     checkpoint, slots = open_checkpoint(path), _base_slots(model)
     # In a checkpoint with a tied head, lm_head is whatever embed_tokens is, also if `untie` has parted them here.
     tied_head = ENDS[1] if read_config(path).get("tie_word_embeddings", False) else None
-    targets: dict[str, list[_Slot]] = {}  # the checkpoint's tensor -> what it fills
+    targets: dict[str, list[tuple[_Slot, Piece]]] = {}  # the checkpoint's tensor -> what it fills
     for name, slot in slots.items():
-        targets.setdefault(ENDS[0] if name == tied_head else name, []).append(slot)
+        for piece in slot.pieces:
+            targets.setdefault(ENDS[0] if name == tied_head else piece.name, []).append((slot, piece))
     # Old checkpoints also hold RoPE's buffers.
     ignored = [name for name in checkpoint.tensors if name == tied_head or name.endswith("rotary_emb.inv_freq")]
     _check_names(checkpoint, targets.keys(), ignored)
     _check_shapes(checkpoint, targets, new_rows)
 
     for name, tensor in checkpoint.stream():
-        for slot in targets.get(name, []):
-            rows = slot.rows()
-            value = torch.zeros(rows.stop - rows.start, *tensor.shape[1:], dtype=slot.dtype(dtype), device=device)
-            held = tensor[rows]  # of the mapped file: other rows are not read
-            value[: len(held)] = held
-            slot.fill(value)
+        for slot, piece in targets.get(name, []):
+            slot.take(piece, tensor, dtype, device)
     return LoadReport(len(targets), sum(checkpoint.tensors[name].num_bytes for name in targets), tuple(ignored))
 
 
@@ -94,12 +93,15 @@ def random_weights(model: CausalLM, *, seed: int, device: torch.device | str, dt
         slot.fill(value if len(value) == rows.stop - rows.start else value[rows].clone())  # a view would keep all of it alive
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Slot:
-    """One parameter of the base model and the modules that hold it (two for a tied one)."""
+    """One parameter of the base model, the modules that hold it (two for a tied one), and what is read of it so far."""
 
     param: nn.Parameter
-    owners: list[tuple[nn.Module, str]]
+    pieces: list[Piece]
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+    value: Tensor | None = None
+    num_read: int = 0  # of the pieces
 
     def dtype(self, base: torch.dtype) -> torch.dtype:
         trained_whole = any(isinstance(module, TrainedEmbedding | TrainedHead) for module, _ in self.owners)
@@ -113,6 +115,20 @@ class _Slot:
         whose scales are on every process."""
         quantized = self.is_nf4() or fp8.is_fp8(self.param)
         return slice(0, self.param.shape[0]) if quantized else rows_held(self.param)
+
+    def take(self, piece: Piece, tensor: Tensor | Coded, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Read one piece of it, a view of the mapped file; the last one fills it."""
+        rows = self.rows()
+        if self.value is None:
+            shape = (rows.stop - rows.start, *self.param.shape[1:])
+            self.value = torch.zeros(shape, dtype=self.dtype(dtype), device=device)
+        held = piece.rows_of(tensor, rows.start, rows.stop)
+        start = max(piece.start - rows.start, 0)
+        self.value[start : start + len(held)] = held
+        self.num_read += 1
+        if self.num_read == len(self.pieces):
+            self.fill(self.value)
+            self.value = None
 
     def fill(self, value: Tensor) -> None:
         """Put those rows in the parameter's place, quantised if that is NF4 or FP8."""
@@ -134,12 +150,15 @@ class _Slot:
 def _base_slots(model: CausalLM) -> dict[str, _Slot]:
     """Every parameter but the adapters' and a score's, by the first of its names."""
     slots: dict[int, tuple[str, _Slot]] = {}
+    stored = pieces(model)
     for module_name, module in model.named_modules():
         for leaf, param in module.named_parameters(recurse=False):
             name = f"{module_name}.{leaf}"
             if ".lora_" in name or isinstance(module, Score):  # filled by init_lora, init_score
                 continue
-            slots.setdefault(id(param), (name, _Slot(param, [])))[1].owners.append((module, leaf))
+            if id(param) not in slots:
+                slots[id(param)] = (name, _Slot(param, stored[name]))
+            slots[id(param)][1].owners.append((module, leaf))
     return dict(slots.values())
 
 
@@ -164,11 +183,11 @@ def _check_names(checkpoint: Checkpoint, wanted: Set[str], ignored: list[str]) -
         )
 
 
-def _check_shapes(checkpoint: Checkpoint, targets: dict[str, list[_Slot]], new_rows: int) -> None:
+def _check_shapes(checkpoint: Checkpoint, targets: dict[str, list[tuple[_Slot, Piece]]], new_rows: int) -> None:
     """Each tensor has the model's shape, but for the rows that the model has been given since."""
     wrong = []
     for name, slots in targets.items():
-        found, wanted = checkpoint.tensors[name].shape, tuple(slots[0].param.shape)
+        found, wanted = checkpoint.tensors[name].shape, slots[0][1].shape
         if name in ENDS:
             wanted = (wanted[0] - new_rows, wanted[1])
         if found != wanted:

@@ -33,6 +33,12 @@ BASES: dict[str, dict[str, Any]] = {
     "mistral": BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 5},
     "qwen2": BASE | {"architectures": ["Qwen2ForCausalLM"]} | QWEN_WINDOW,
     "qwen3": BASE | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False} | QWEN_WINDOW,
+    "qwen3_moe": BASE
+    | {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "use_sliding_window": True, "sliding_window": 5}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    "mixtral": BASE
+    | {"architectures": ["MixtralForCausalLM"], "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
     "ministral": BASE | {"architectures": ["MinistralForCausalLM"], "sliding_window": 5},
     "smollm3": BASE
     | {"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 2}
@@ -46,6 +52,9 @@ BASES: dict[str, dict[str, Any]] = {
     | {"architectures": ["Phi3ForCausalLM"], "hidden_size": 32, "sliding_window": 25, "partial_rotary_factor": 0.5}
     | {"original_max_position_embeddings": 16, "rope_scaling": LONG_ROPE},
     "olmo2": BASE | {"architectures": ["Olmo2ForCausalLM"], "attention_bias": False},
+    "gpt_oss": BASE
+    | {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "sliding_window": 5, "num_local_experts": 4}
+    | {"num_experts_per_tok": 2, "swiglu_alpha": 2.0, "swiglu_limit": 0.1},
     "granite": BASE
     | {"architectures": ["GraniteForCausalLM"], "attention_bias": False, "mlp_bias": False}
     | {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -54,11 +63,15 @@ BASES: dict[str, dict[str, Any]] = {
 }
 # Honoured fields that the base leaves out, since they would take the place of others there.
 EXTRA = {
-    **dict.fromkeys(("qwen2", "qwen3", "ministral", "gemma2", "gemma3_text"), ("layer_types",)),
+    **dict.fromkeys(("qwen2", "qwen3", "ministral", "gemma2", "gemma3_text", "gpt_oss"), ("layer_types",)),
     "smollm3": ("layer_types", "no_rope_layers"),
 }
 # Fields that are read and must hold one value.
 REFUSED = {
+    "gpt_oss": {"output_router_logits": True, "num_experts": 5, "experts_per_token": 3}
+    | {"quantization_config": {"quant_method": "awq"}},
+    "mixtral": {"output_router_logits": True, "num_experts": 5, "router_jitter_noise": 0.1},
+    "qwen3_moe": {"output_router_logits": True, "num_local_experts": 5},
     "gemma2": {"hidden_activation": "silu", "hidden_act": "silu", "use_bidirectional_attention": True},
     "gemma3_text": {"hidden_activation": "silu", "use_bidirectional_attention": True, "attn_logit_softcapping": 2.0},
     "phi3": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "mlp_bias": True, "lm_head_bias": True},
@@ -96,12 +109,22 @@ MUTATIONS: dict[str, Any] = {
     "attention_multiplier": 0.5,
     "residual_multiplier": 0.6,
     "logits_scaling": 3.0,
+    "num_experts": 5,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 3,
+    "swiglu_alpha": 1.5,
+    "swiglu_limit": 0.2,
+    "mlp_only_layers": [1],
 }
 FAMILY_MUTATIONS: dict[str, dict[str, Any]] = {
     "qwen2": {"layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {"layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"layer_types": ["sliding_attention", "full_attention"]},
     "glm4": {"head_dim": 12},
+    "gpt_oss": {"attention_bias": False},
     "phi3": {"hidden_size": 48, "num_attention_heads": 2, "rope_scaling": LONG_ROPE | {"long_factor": [3.0, 5.0]}},
 }
 

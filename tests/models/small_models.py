@@ -75,6 +75,24 @@ def smollm3(**others: Any) -> dict[str, Any]:
     return small("smollm3", "SmolLM3ForCausalLM", **({"no_rope_layer_interval": 2} | others))
 
 
+def qwen3_moe(**others: Any) -> dict[str, Any]:
+    """Five experts, of which a token takes two."""
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 19, "norm_topk_prob": True}
+    return small("qwen3_moe", "Qwen3MoeForCausalLM", **({"head_dim": 10} | experts | others))
+
+
+def mixtral(**others: Any) -> dict[str, Any]:
+    """Five experts, of which a token takes two."""
+    return small("mixtral", "MixtralForCausalLM", **({"num_local_experts": 5, "num_experts_per_tok": 2} | others))
+
+
+def gpt_oss(**others: Any) -> dict[str, Any]:
+    """Sinks, a window on every second layer, a limit that is reached, YaRN."""
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 0.7}
+    rope = {"rope_parameters": YARN_ROPE | {"truncate": False, "beta_fast": 8.0, "rope_theta": 500.0}}
+    return small("gpt_oss", "GptOssForCausalLM", **({"head_dim": 12, "sliding_window": 9} | experts | rope | others))
+
+
 def ministral(**others: Any) -> dict[str, Any]:
     return small("ministral", "MinistralForCausalLM", **({"head_dim": 8, "sliding_window": 7} | others))
 
@@ -137,6 +155,13 @@ CASES = {
     "qwen3-default-head-dim": {k: v for k, v in qwen3(num_attention_heads=2).items() if k != "head_dim"},
     "qwen3-windows": qwen3(use_sliding_window=True, sliding_window=6, max_window_layers=2),
     "qwen3-yarn": qwen3(rope_scaling=YARN_ROPE, head_dim=16, num_key_value_heads=1),
+    "qwen3-moe": qwen3_moe(),
+    "qwen3-moe-shares": qwen3_moe(norm_topk_prob=False, num_experts=7, num_experts_per_tok=3, tie_word_embeddings=True),
+    "qwen3-moe-some-layers": qwen3_moe(decoder_sparse_step=2, num_hidden_layers=4, mlp_only_layers=[1], attention_bias=True),
+    "qwen3-moe-window": qwen3_moe(use_sliding_window=True, sliding_window=6, num_experts_per_tok=5, num_key_value_heads=1),
+    "mixtral": mixtral(),
+    "mixtral-window": mixtral(sliding_window=6, num_local_experts=3, head_dim=10, tie_word_embeddings=True),
+    "mixtral-one": mixtral(num_experts_per_tok=1, num_key_value_heads=6),
     "ministral-layers": ministral(layer_types=["full_attention", "sliding_attention", "full_attention"]),
     "ministral-windows": ministral(num_key_value_heads=3),
     "smollm3-tied": smollm3(),
@@ -166,6 +191,9 @@ CASES = {
     "phi4-partial": phi3(hidden_size=48, num_attention_heads=4, partial_rotary_factor=0.84, intermediate_size=77),
     "olmo2": olmo2(),
     "olmo2-mha-biases": olmo2(num_key_value_heads=6, attention_bias=True, rms_norm_eps=1e-6, tie_word_embeddings=True),
+    "gpt-oss": gpt_oss(),
+    "gpt-oss-alpha": gpt_oss(swiglu_alpha=1.1, num_experts_per_tok=4, num_key_value_heads=6, tie_word_embeddings=True),
+    "gpt-oss-layers": gpt_oss(layer_types=["full_attention"] * 2 + ["sliding_attention"], attention_bias=False, head_dim=10),
     "granite-tied": granite(tie_word_embeddings=True),
     "granite-untied-biases": granite(attention_bias=True, mlp_bias=True, logits_scaling=0.7, head_dim=10),
     "glm4": glm4(),
@@ -179,7 +207,8 @@ def make_twins(case: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.Tensor
     torch.manual_seed(0)
     hf = {key: value for key, value in case.items() if value is not None or key in NULLABLE}
     config = AutoConfig.for_model(**hf)
-    reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    reference = AutoModelForCausalLM.from_config(config, **eager).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             center, spread = (0.0 if "gemma" in hf["model_type"] else 1.0, 0.3) if "norm" in name else (0.0, 0.25)
@@ -190,6 +219,35 @@ def make_twins(case: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.Tensor
     with torch.device("meta"):
         ours = build_model(hf)
     ours.to_empty(device="cpu")
-    missing, unexpected = ours.load_state_dict(reference.state_dict(), strict=False)
+    missing, unexpected = ours.load_state_dict(in_our_names(reference.state_dict(), hf["model_type"]), strict=False)
     assert (missing, unexpected) == ([], [])
     return reference, ours, torch.randint(config.vocab_size, (2, NUM_TOKENS))
+
+
+def in_our_names(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """transformers' tensors (weights, gradients) as our parameters hold them: it packs the experts' gate and up into one."""
+    if model_type == "gpt_oss":
+        return dict(_gpt_osss(name, tensor) for name, tensor in tensors.items())
+    ours = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)  # of (E, 2F, D)
+            ours[name.replace("gate_up_proj", "gate_proj.weight")] = gate.flatten(0, 1)
+            ours[name.replace("gate_up_proj", "up_proj.weight")] = up.flatten(0, 1)
+        elif name.endswith("experts.down_proj"):
+            ours[f"{name}.weight"] = tensor.flatten(0, 1)
+        else:
+            ours[name] = tensor
+    return {_mixtrals(name): tensor for name, tensor in ours.items()} if model_type == "mixtral" else ours
+
+
+def _gpt_osss(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    if name.endswith("_proj_bias"):
+        return name.replace("_bias", ".bias"), tensor.flatten()
+    return (f"{name}.weight", tensor.transpose(1, 2).flatten(0, 1)) if ".experts." in name else (name, tensor)
+
+
+def _mixtrals(name: str) -> str:
+    for theirs, own in ((".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        name = name.replace(theirs, own)
+    return name

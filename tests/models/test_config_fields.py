@@ -93,6 +93,7 @@ def test_every_field_of_transformers_own_config_is_accounted_for(family):
 
 
 READ_BY = {"hidden_act": ("gemma2", "gemma3_text"), "partial_rotary_factor": ("phi3", "glm4"), "auto_map": ("phi3",)}
+READ_BY["quantization_config"] = ("gpt_oss",)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_absent_fields_have_transformers_defaults(family):
     names = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
     assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
     theta = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)["rope_theta"]
-    assert ours.rope.theta == theta and ours.rope.kind == "default"
+    assert ours.rope.theta == theta and ours.rope.kind == theirs.rope_parameters.get("rope_type", "default")
     assert ours.rope.partial_rotary_factor == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
     assert ours.head_dim == getattr(theirs, "head_dim", None) or 64 // 32
     window = getattr(theirs, "sliding_window", None) if getattr(theirs, "use_sliding_window", True) else None

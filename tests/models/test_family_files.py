@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_models import gemma2, gemma3, glm4, granite, long_rope, ministral, olmo2, phi3, smollm3
+from small_models import gemma2, gemma3, glm4, gpt_oss, granite, long_rope, ministral, mixtral, olmo2, phi3, qwen3_moe, smollm3
 from tiny_models import load_base, load_with_adapter, make_adapter, on_meta, sample_ids, train_a_little
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -20,6 +20,7 @@ from torchft.models import build_model
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.lora import LoraSpec, adapters_off, add_lora, init_lora, trainable_parameters
 from torchft.modules.nf4 import NF4Tensor, dequantize, quantize_nf4
+from torchft.stored import pieces
 from torchft.weights import load_weights, random_weights
 
 SIZES = {  # some linears are whole groups of NF4's (128 x 256), some are not (64 x 128)
@@ -34,11 +35,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": gemma2(**SIZES, head_dim=32, sliding_window=6),
     "gemma3": gemma3(**SIZES, head_dim=32, sliding_window=6, sliding_window_pattern=2, tie_word_embeddings=False),
     "glm4": glm4(**SIZES, head_dim=32),
+    "gpt-oss": gpt_oss(**SIZES | {"intermediate_size": 128}, head_dim=32, num_local_experts=3, sliding_window=6),
     "granite": granite(**SIZES, tie_word_embeddings=True),
     "ministral": ministral(**SIZES, head_dim=32),
+    "mixtral": mixtral(**SIZES, num_local_experts=3),
     "olmo2": olmo2(**SIZES),
     "phi3": phi3(**SIZES),
     "phi3-long": phi3(**SIZES, partial_rotary_factor=0.5, tie_word_embeddings=True, **long_rope(8, 10)),
+    "qwen3-moe": qwen3_moe(**SIZES, head_dim=32, moe_intermediate_size=64, num_experts=6),
     "smollm3": smollm3(**SIZES),
 }
 SPEC = LoraSpec(4, 10.0)
@@ -52,7 +56,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[request.param]), dtype=torch.float32)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if param.ndim == 2:
+            if param.ndim > 1:
                 param.normal_(std=0.5 if "embed" in name and "gemma" not in request.param else 0.08)
             else:
                 param += 0.1 * torch.randn(param.shape)
@@ -77,7 +81,9 @@ def test_what_is_loaded_is_saved_byte_for_byte(base, tmp_path):
     held = load_file(base / SINGLE)
     state = load_base(base).state_dict()
     tied = torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
-    saved = {name: tensor.clone() for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
+    stored = pieces(on_meta(base))
+    saved = {piece.name: piece.cut(state[name]).clone() for name, each in stored.items() for piece in each}
+    assert tied == ("lm_head.weight" not in saved)
     assert saved.keys() == held.keys()
     for name, tensor in held.items():
         assert tensor.dtype == saved[name].dtype and torch.equal(tensor.view(torch.uint8), saved[name].view(torch.uint8)), name
@@ -107,7 +113,7 @@ def test_nf4_is_the_model_of_its_decoded_weights(base):
     train_a_little(model)
     dense = load_with_adapter(base, SPEC)
     coded = {name: param for name, param in model.named_parameters() if isinstance(param.data, NF4Tensor)}
-    assert len(coded) == len(report.quantized) > 0 and any("mlp" in name for name in coded)
+    assert len(coded) == len(report.quantized) > 0 and any("mlp" in name or "moe" in name for name in coded)
     for name, param in coded.items():
         parent, _, leaf = name.rpartition(".")
         setattr(dense.get_submodule(parent), leaf, torch.nn.Parameter(dequantize(param.data), requires_grad=False))

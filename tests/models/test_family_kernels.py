@@ -27,6 +27,9 @@ PLAIN = {  # the blocks stay as they are, and why
     "granite-tied": "branches are scaled",
     "glm4": "norms stand in other places",
     "phi4-partial": "rotated in part",
+    "qwen3-moe": "mixtures of experts",
+    "mixtral": "mixtures of experts",
+    "gpt-oss": "mixtures of experts",
 }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from torchft.models import gemma2, gemma3, granite, llama, model_config, olmo2, phi3, smollm3
+from torchft.models import gemma2, gemma3, gpt_oss, granite, llama, mixtral, model_config, olmo2, phi3, qwen3_moe, smollm3
 
 COMMON = {"attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
 GEMMA = COMMON | {"cache_implementation": "hybrid", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-06}
@@ -66,6 +66,39 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         phi3.SIZES["Phi-4-mini"]
         | {"rope_scaling": {"rope_type": "longrope", "long_factor": [2.0] * 48, "short_factor": [1.0] * 48, "factor": 32.0}}
         | {"max_position_embeddings": 131072, "sliding_window": 262144},
+    ),
+    "qwen3-30b-a3b": (
+        COMMON
+        | {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu"}
+        | {"hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48}
+        | {"mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True}
+        | {"num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48}
+        | {"num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None}
+        | {"rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False}
+        | {"use_sliding_window": False, "vocab_size": 151936},
+        qwen3_moe.SIZES["Qwen3-30B-A3B"],
+    ),
+    "mixtral-8x7b": (
+        {key: value for key, value in COMMON.items() if key != "attention_bias"}
+        | {"architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336}
+        | {"max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2}
+        | {"num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False}
+        | {"rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None}
+        | {"tie_word_embeddings": False, "vocab_size": 32000},
+        mixtral.SIZES["Mixtral-8x7B"],
+    ),
+    "gpt-oss-20b": (
+        COMMON
+        | {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "experts_per_token": 4, "head_dim": 64}
+        | {"hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072, "model_type": "gpt_oss"}
+        | {"num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8}
+        | {"num_local_experts": 32, "output_router_logits": False, "rms_norm_eps": 1e-05, "router_aux_loss_coef": 0.9}
+        | {"rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096}
+           | {"rope_type": "yarn", "truncate": False}}
+        | {"quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"], "quant_method": "mxfp4"}}
+        | {"rope_theta": 150000, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088},
+        gpt_oss.SIZES["gpt-oss-20b"],
     ),
     "granite-3.3-8b": (
         COMMON

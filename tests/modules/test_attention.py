@@ -43,7 +43,7 @@ def test_the_fast_path_is_taken_when_the_mask_is_plainly_causal():
     assert build_mask(IDS, 12, None, None) is None
     assert build_mask(IDS, 12, 12, None) is None  # a window that reaches the first token
     assert build_mask(IDS, 12, 11, None) is not None
-    assert build_mask(IDS, 12, None, None, softcapped=True) is not None  # SDPA's causal path has no caps
+    assert build_mask(IDS, 12, None, None, beyond_sdpa=True) is not None  # SDPA's causal path has no caps
     assert build_mask(IDS[:, :1], 12, None, None) is not None  # is_causal would align the query with the first key
     assert build_mask(IDS, 12, None, packed([12])[None]) is not None
 
@@ -54,27 +54,30 @@ def test_no_row_is_ever_fully_masked(window):
     assert dense_mask(12, 12, window, documents, CPU).any(-1).all()
 
 
-@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("softcap, sunk", [(None, False), (0.7, False), (None, True), (0.7, True)])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("window, lengths", [(None, [9]), (4, [9]), (None, [2, 6, 1]), (3, [5, 4])])
-def test_attention_is_its_formula(heads, kv_heads, window, lengths, softcap):
+def test_attention_is_its_formula(heads, kv_heads, window, lengths, softcap, sunk):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 9, 10, requires_grad=True) for n in (heads, kv_heads, kv_heads))
     documents = None if len(lengths) == 1 else packed(lengths)[None].expand(2, -1)
     multiplier = None if softcap is None else 0.8
-    mask = build_mask(IDS[:, :9], 9, window, documents, softcapped=softcap is not None)
-    got = attend(q, k, v, mask, multiplier, softcap)
+    sinks = torch.randn(heads, requires_grad=True)
+    mask = build_mask(IDS[:, :9], 9, window, documents, beyond_sdpa=softcap is not None or sunk)
+    got = attend(q, k, v, mask, multiplier, softcap, sinks if sunk else None)
 
     repeated_k, repeated_v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    scores = q @ repeated_k.transpose(2, 3) * (multiplier or 1 / math.sqrt(10))
+    scores = (q.double() @ repeated_k.double().transpose(2, 3)) * (multiplier or 1 / math.sqrt(10))
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     allowed = rule(9, 9, window, packed(lengths).tolist())
-    expected = scores.masked_fill(~allowed, -math.inf).softmax(-1) @ repeated_v
+    exponentials = scores.masked_fill(~allowed, -math.inf).exp()
+    below = exponentials.sum(-1, keepdim=True) + (sinks.exp()[:, None, None] if sunk else 0.0)
+    expected = (exponentials / below @ repeated_v.double()).float()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
-    upstream = torch.randn_like(got)
-    gradients = torch.autograd.grad((got * upstream).sum(), (q, k, v))
-    for one, other in zip(gradients, torch.autograd.grad((expected * upstream).sum(), (q, k, v)), strict=True):
+    upstream, inputs = torch.randn_like(got), (q, k, v, *[sinks] * sunk)
+    gradients = torch.autograd.grad((got * upstream).sum(), inputs)
+    for one, other in zip(gradients, torch.autograd.grad((expected * upstream).sum(), inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -125,7 +128,9 @@ def test_blocks_skip_only_what_is_invisible_and_fill_only_what_is_visible(length
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("scores", [(), (0.8, 0.7)], ids=["plain", "scaled and capped"])
+@pytest.mark.parametrize(
+    "scores", [(), (0.8, 0.7), (None, None, torch.tensor([0.5, -1.0, 2.0, 0.0]))], ids=["plain", "scaled and capped", "sinks"]
+)
 @pytest.mark.parametrize("lengths, window", BLOCK_CASES[4:])
 def test_flex_attention_with_the_block_mask_equals_sdpa(lengths, window, scores):
     """FlexAttention's own eager form, which evaluates mask and block lists alike on the CPU."""
@@ -147,9 +152,10 @@ def test_blocks_stay_exact_when_ids_are_in_no_order():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim, softcap", [(64, None), (128, None), (256, 1.5)])  # the last: Gemma 2's
+@pytest.mark.parametrize("head_dim, softcap, sunk", [(64, None, False), (128, None, False), (256, 1.5, False), (64, None, True)])
 @pytest.mark.parametrize("lengths, window", BLOCK_CASES)
-def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim, softcap):
+def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim, softcap, sunk):
+    """The last two: Gemma 2's and gpt-oss's."""
     torch._dynamo.reset()  # the ninth form of one function would run uncompiled
     torch.manual_seed(0)
     num_tokens = sum(lengths)
@@ -159,18 +165,21 @@ def test_cuda_attention_equals_the_dense_formula(lengths, window, head_dim, soft
         torch.randn(2, heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (8, 2, 2)
     )
-    mask = build_mask(ids, num_tokens, window, documents, softcapped=softcap is not None)
-    assert isinstance(mask, BlockMask) == bool(documents is not None or (window is not None and window < num_tokens) or softcap)
-    got = attend(q, k, v, mask, softcap=softcap)
+    sinks = torch.randn(8, device="cuda", requires_grad=True)
+    mask = build_mask(ids, num_tokens, window, documents, beyond_sdpa=softcap is not None or sunk)
+    blocks = bool(documents is not None or (window is not None and window < num_tokens) or softcap or sunk)
+    assert isinstance(mask, BlockMask) == blocks
+    got = attend(q, k, v, mask, softcap=softcap, sinks=sinks if sunk else None)
     upstream = torch.randn_like(got)
-    gradients = torch.autograd.grad(got, (q, k, v), upstream)
+    gradients = torch.autograd.grad(got, (q, k, v, *[sinks] * sunk), upstream)
 
     allowed = rule(num_tokens, num_tokens, window, packed(lengths).tolist()).cuda()
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    repeated_k, repeated_v = (x.repeat_interleave(4, dim=1) for x in exact[1:])
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, *[sinks] * sunk)]
+    repeated_k, repeated_v = (x.repeat_interleave(4, dim=1) for x in exact[1:3])
     scores = exact[0] @ repeated_k.transpose(2, 3) / math.sqrt(head_dim)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    expected = scores.masked_fill(~allowed, -math.inf).softmax(-1) @ repeated_v
+    exponentials = scores.masked_fill(~allowed, -math.inf).exp()
+    expected = exponentials / (exponentials.sum(-1, keepdim=True) + (exact[3].exp()[:, None, None] if sunk else 0.0)) @ repeated_v
     exact_gradients = torch.autograd.grad(expected, exact, upstream.double())
     for one, other in zip((got, *gradients), (expected, *exact_gradients), strict=True):
         assert (one - other).norm() <= 1e-2 * other.norm()  # bf16 rounds by 2^-9 = 2e-3 at every one of a few steps

@@ -1,0 +1,84 @@
+"""The recipes on mixtures of experts: the same run on one and two processes, stopped and resumed, answers and exports at the end."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_full_finetune_distributed import exported
+from test_full_finetune_distributed import train as train_whole
+from test_lora_distributed import assert_same_log, assert_same_run, train
+from test_lora_single_device import log_records, options
+from tiny_training import hide_cuda
+
+from torchft.models import build_model, gpt_oss, read_config
+from torchft.recipes import lora_single_device
+from torchft.stored import pieces
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_cuda(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def mixture(request: pytest.FixtureRequest, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with four experts in each layer, of which a token takes two, and random weights."""
+    folder = tmp_path_factory.mktemp("models") / request.param
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((small_model / name).read_bytes())
+    ids = {key: value for key, value in read_config(small_model).items() if key.endswith("_token_id") or key == "vocab_size"}
+    config = ids | SIZES | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "max_position_embeddings": 2048}
+    if request.param == "gpt_oss":
+        config = {key: value for key, value in config.items() if key not in ("num_experts", "moe_intermediate_size")}
+        config |= {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 4}
+        config |= {"rope_scaling": gpt_oss.YARN, "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = build_model(config)
+    model.init_weights(torch.Generator().manual_seed(1))
+    stored = pieces(model)
+    tensors = {piece.name: piece.cut(param.detach()).clone() for name, param in model.named_parameters() for piece in stored[name]}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+QLORA = ["model.quantize=nf4", "model.shard=all"]
+
+
+@pytest.mark.parametrize("mixture, more", [("qwen3_moe", []), ("gpt_oss", QLORA)], ids=["lora", "qlora"], indirect=["mixture"])
+def test_adapters_on_two_processes_are_those_of_one(mixture, chat_data, tmp_path, more):
+    expected = train(0, mixture, chat_data, tmp_path / "0", *more[:1])
+    out = train(2, mixture, chat_data, tmp_path / "2", *more)
+    assert_same_run(out, expected)
+    assert any("experts" in name for name in load_file(out / "adapter/adapter_model.safetensors"))
+    losses = [record["loss"] for record in log_records(out) if "loss" in record]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
+def test_all_weights_on_two_processes_are_those_of_one(mixture, chat_data, tmp_path):
+    outs = [train_whole(count, mixture, chat_data, tmp_path / str(count)) for count in (1, 2)]
+    assert_same_log(*outs)
+    base, (one, two) = load_file(mixture / "model.safetensors"), (exported(out) for out in outs)
+    assert one.keys() == two.keys() == base.keys()
+    assert all(not torch.equal(one[name], tensor) for name, tensor in base.items())
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
+def test_a_resumed_run_has_the_same_bits(mixture, chat_data, tmp_path):
+    cfg = options(mixture, chat_data, tmp_path, "run.save_every=2", "run.resume=auto", "run.max_steps=4")
+    lora_single_device.main(cfg)
+    log, adapter = log_records(tmp_path), tmp_path / "adapter/adapter_model.safetensors"
+    expected = adapter.read_bytes()
+    shutil.rmtree(tmp_path / "step_000004")
+    shutil.rmtree(tmp_path / "adapter")
+    lora_single_device.main(cfg)
+    assert adapter.read_bytes() == expected and log_records(tmp_path) == log
