@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tiny_training import assert_same
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
 
 from torchft.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import ModelConfig, OptimConfig, RunConfig
@@ -123,6 +125,7 @@ def in_children(work: Callable[[int], None], processes: int, folder: Path) -> tu
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115  (as long as the process)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and stays locked when one is killed while it prints
         work(rank)
 
     def alone() -> int:
