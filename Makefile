@@ -1,6 +1,6 @@
 # make demo    the main job on the shipped tiny model, from nothing: environment, installation, training, verified adapter
 # make test    all tests, with their own set-up         make style    what exceeds the project's size budgets
-# make torture faults of every kind, all of them (make test runs a few); writes docs/TORTURE.md, half an hour on 2 cores
+# make faults  some faults of every kind, two minutes    make torture  all of them, half an hour; writes docs/TORTURE.md
 # make mutants every planted bug is seen to be caught   make clean    removes the environment and the demo's output
 
 VENV := .venv
@@ -15,7 +15,10 @@ WORKERS := n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -le 8 
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test torture style mutants clean
+# Processes that are killed and disks that fill, which wait more than they compute: not among the tests of every edit.
+FAULTS := tests/torture tests/recipes/test_faults.py
+
+.PHONY: demo test faults torture style mutants clean
 .SILENT:
 
 demo: $(VENV)/.installed
@@ -23,7 +26,10 @@ demo: $(VENV)/.installed
 	$(BIN)/tune run lora_single_device --config tiny/lora
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n "$$($(WORKERS))"
+	$(BIN)/python -m pytest -q -n "$$($(WORKERS))" $(addprefix --ignore ,$(FAULTS))
+
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n "$$($(WORKERS))" $(FAULTS)
 
 torture: $(VENV)/.installed-test
 	TORTURE=all $(BIN)/python -m pytest -q -n "$$($(WORKERS))" tests/torture
