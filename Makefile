@@ -1,6 +1,6 @@
 # make demo    the main job on the shipped tiny model, from nothing: environment, installation, training, verified adapter
 # make test    all tests, with their own set-up         make style    what exceeds the project's size budgets
-# make faults  some faults of every kind, two minutes    make torture  all of them, half an hour; writes docs/TORTURE.md
+# make faults  some faults of every kind, a minute        make torture  all of them, half an hour; writes docs/TORTURE.md
 # make mutants every planted bug is seen to be caught   make clean    removes the environment and the demo's output
 
 VENV := .venv
