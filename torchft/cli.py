@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from torchft.checks import show
 from torchft.errors import ConfigError, UserError
-from torchft.names import config_names, configs_for, find_recipe, find_recipe_or_config, recipe_names
+from torchft.names import METHODS, config_names, configs_for, find_recipe, find_recipe_or_config, recipe_names
 
 Commands = Any  # argparse's action for subcommands has no public name
 
@@ -185,7 +185,7 @@ def _command(
 
 def _ls(args: argparse.Namespace) -> None:
     by_configs: dict[tuple[str, ...], list[str]] = {}  # recipes that take the same ones stand together
-    for recipe in recipe_names():
+    for recipe in sorted(recipe_names(), key=lambda name: list(METHODS).index(name.split("_")[0])):  # what most begin with
         by_configs.setdefault(tuple(configs_for(recipe)), []).append(recipe)
     for configs, recipes in by_configs.items():
         for recipe in reversed(recipes):  # the one for a single device first
