@@ -126,9 +126,8 @@ def save_adapter(
     parameters = target_parameters(layers, spec.target_modules)
     fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model), parameters=parameters)
     # PEFT has no field for how the base was stored, but merging must know what the adapter was trained on.
-    base_dtype = model.model.norm.weight.dtype
-    stored = {"base_dtype": str(base_dtype).removeprefix("torch."), "base_quantization": _quantization(layers)}
-    metadata = {"format": "pt"} | stored
+    base_dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    metadata = {"format": "pt", "base_dtype": base_dtype, "base_quantization": _quantization(layers)}
     tensors = {name: gathered(param.detach()) for name, param in adapter_tensors(model).items()}
     if rank() > 0:
         return

@@ -118,13 +118,21 @@ def recipe_of(config: str, overrides: list[str]) -> str:
     return told[0]
 
 
-def validate(config: str, overrides: list[str], recipe: str = "") -> None:
-    """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails.
+def options_for(config: str, overrides: list[str], recipe: str) -> tuple[str, type[WholeOptions], str]:
+    """(recipe, its options, what it reads as in RUNS) of a config.
 
     `recipe`: a shipped one, or torchtune's name for it; "": see recipe_of.
     """
     recipe = find_recipe(recipe).stem if recipe else recipe_of(config, overrides)
-    options, kind = RUNS.get(recipe, (Options, ""))
+    return recipe, *RUNS.get(recipe, (Options, ""))
+
+
+def validate(config: str, overrides: list[str], recipe: str = "") -> None:
+    """Prints what was checked, step by step. Raises ConfigError or UserError for the first step that fails.
+
+    `recipe`: as in options_for.
+    """
+    recipe, options, kind = options_for(config, overrides, recipe)
     cfg = read_config(options, config, overrides)
     print(f"config  ok: {config}, for {recipe}", flush=True)  # up to here without torch: a typo is found in a moment
     check_machine(cfg)
@@ -135,12 +143,11 @@ def validate(config: str, overrides: list[str], recipe: str = "") -> None:
 def show_data(config: str, overrides: list[str], examples: int, recipe: str = "") -> None:
     """Prints the report of a config's data, and its first `examples` training examples, trained tokens in colour.
 
-    `recipe`: as in validate.
+    `recipe`: as in options_for.
     """
     from torchft.data.report import render_example, report, wants_color
 
-    recipe = find_recipe(recipe).stem if recipe else recipe_of(config, overrides)
-    options, kind = RUNS.get(recipe, (Options, ""))
+    _, options, kind = options_for(config, overrides, recipe)
     cfg = read_config(options, config, overrides, training=False)
     tokenizer, loader, valid = load_data(cfg, kind)
     print(report(loader.dataset, loader))

@@ -149,8 +149,9 @@ def launch_config(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
 def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     """Prints the first failing rank's traceback as the last thing on the screen, and returns its exit code."""
     # Error files first: a rank that was stopped after it wrote one is among `failures` as ended by SIGTERM.
-    followers = {failure.rank: failure for failure in read_error_files(log_dir) if failure.stack}
-    known = {failure.rank: failure for failure in read_error_files(log_dir) if not failure.stack}
+    written = read_error_files(log_dir)
+    followers = {failure.rank: failure for failure in written if failure.stack}
+    known = {failure.rank: failure for failure in written if not failure.stack}
     for rank, failure in failures.items():
         if rank not in followers:
             known.setdefault(rank, describe_failure(rank, failure))

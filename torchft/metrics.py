@@ -267,8 +267,9 @@ class Interval:
         loss_sum, norm, bad_step = values.tolist()
         if bad_step:
             raise UserError(
-                f"step {bad_step:.0f}: the loss or gradient norm is not finite. Its update was skipped (with optim.in_backward: of "
-                "the weights it reached), and nothing is saved after it. Lower optim.lr, lengthen optim.warmup_steps or look at that step's data, then "
+                f"step {bad_step:.0f}: the loss or gradient norm is not finite. Its update was skipped (with optim.in_backward, "
+                "that of tensors whose gradient was not finite), and nothing is saved after it. Lower optim.lr, lengthen "
+                "optim.warmup_steps or look at that step's data, then "
                 "continue from the last checkpoint with run.resume=auto"
             )
         return loss_sum, norm

@@ -248,9 +248,9 @@ def _read_8bit(
     """The same, filled: parameter by parameter whole, because blocks of 8 bits are cut in a way of their own."""
     states = {}
     for name, param in params.items():
-        mine = {full: like for full, like in saved.items() if full.rpartition("/")[0] == name or full.startswith(f"{name}/exp_")}
-        tensors = {full: torch.empty(like.shape, dtype=like.dtype) for full, like in mine.items()}
+        own = f"{name}/"
+        tensors = {full: torch.empty(like.shape, dtype=like.dtype) for full, like in saved.items() if full.startswith(own)}
         dcp.load({OPTIMIZER + full: tensor for full, tensor in tensors.items()}, storage_reader=reader)
-        kinds = {full: is_signed for full, is_signed in signed.items() if full.rpartition("/")[0] == name}
+        kinds = {full: is_signed for full, is_signed in signed.items() if full.startswith(own)}
         states |= placed_states(optimizer, {name: param}, tensors, kinds)
     return states

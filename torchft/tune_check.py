@@ -10,13 +10,12 @@ import torch
 
 from torchft.checks import counted
 from torchft.config import resolve_path
-from torchft.dry_run import RUNS, Options, WholeOptions, load_data, recipe_of
+from torchft.dry_run import Options, WholeOptions, load_data, options_for
 from torchft.errors import UserError
 from torchft.invariances import TOLERANCE, Check, Subject, difference, list_checks
 from torchft.model_dir import available_memory
 from torchft.models import build_model
 from torchft.models import read_config as read_model_config
-from torchft.names import find_recipe
 from torchft.parse import read_config
 
 BYTES_PER_WEIGHT = 16  # weights and gradients in fp32, of two models at once
@@ -26,10 +25,9 @@ MARKS = {True: "equal", False: "DIFFERS"}
 def check(config: str, overrides: list[str], rows: int, layers: int, recipe: str = "") -> bool:
     """Prints the table; True if nothing differs. Raises UserError for a config or data that cannot be used.
 
-    rows: of the data's first step; layers: of the model, 0 for as many as fit; recipe: as in dry_run.validate.
+    rows: of the data's first step; layers: of the model, 0 for as many as fit; recipe: as in dry_run.options_for.
     """
-    recipe = find_recipe(recipe).stem if recipe else recipe_of(config, overrides)
-    options, kind = RUNS.get(recipe, (Options, ""))
+    recipe, options, kind = options_for(config, overrides, recipe)
     if kind:
         raise UserError(f"tune check computes steps of cross entropy, and {recipe} has a loss of {kind}: check the same model with a lora config")
     cfg = read_config(options, config, overrides, training=False)
