@@ -111,7 +111,7 @@ def apply_activation_checkpointing(model: nn.Module, mode: str, offload: bool = 
     every = _blocks_apart(mode)
     if offload and every == 0:
         raise ValueError(
-            "model.offload_activations moves the inputs of checkpointed blocks to CPU memory, and with "
+            "model.offload: [activations] moves the inputs of checkpointed blocks to CPU memory, and with "
             'model.activation_checkpointing: none there are none. Set it to "full" or "every_<n>".'
         )
     model.model.checkpointing = Checkpointing(every=every, offload=offload)

@@ -108,7 +108,7 @@ def main(cfg: Config) -> None:
     with torch.device("meta"):
         model = build_model(read_config(path))
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
-    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, cfg.model.offload_activations)
+    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, "activations" in cfg.model.offload)
     compile_blocks(model, cfg.model.compile, device, log.print)
     dtype = getattr(torch, cfg.model.dtype)  # to compute and export in
     kept = dtype if cfg.optim.name == "adamw_bf16" else torch.float32  # of the weights that are trained

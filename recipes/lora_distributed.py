@@ -118,7 +118,7 @@ def main(cfg: Config) -> None:
     elif cfg.model.quantize == "fp8":
         log.print(str(quantize_fp8(model)))
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
-    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, cfg.model.offload_activations)
+    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, "activations" in cfg.model.offload)
     compile_blocks(model, cfg.model.compile, device, log.print)
     log.print(str(divide(model, cfg.model, device)))
     dtype = getattr(torch, cfg.model.dtype)  # of the base; what is trained is kept in fp32

@@ -13,6 +13,7 @@ from torchft.errors import ConfigError
 from torchft.parse import flatten, read_config
 from torchft.strict_yaml import compose_file
 
+LIMIT_S = 0.2  # of one CPU for one config (PITFALLS 2c); 0.004 is usual, 0.03 the most that was seen
 HOSTILE = ["os.system", "torch.hub.load", "builtins.eval", "__import__", "..config", "subprocess.Popen", "posix.fork"]
 VALUES = [  # each is written behind `key: `
     *("null", "true", "-1", "0", "1e309", ".inf", "-.nan", "9" * 400, "0x10", "1_000", "''", '"\\u0000"', "[]", "{}"),
@@ -69,19 +70,27 @@ def overrides(rng: random.Random) -> list[str]:
     return [rng.choice(forms).format(name=name, leaf=name.split(".")[-1], **values) for name in names]
 
 
+def timed_read(file: Path, lines: list[str], seed: int) -> tuple[bool, float]:
+    """Whether the config was accepted, and the CPU seconds that took; refused, it is by one error that says where."""
+    start = time.process_time()
+    try:
+        read_config(Config, str(file), lines, paths=False)
+    except ConfigError as error:
+        message = str(error)
+        assert any(part in message for part in (str(file), "command line", *NAMES)), (seed, message)
+        return False, time.process_time() - start
+    return True, time.process_time() - start
+
+
 def check_fuzzed(seed: int, file: Path) -> bool:
     """Reads one fuzzed config with overrides. True if it was accepted; then every key in it is an option."""
     rng = random.Random(seed)
     file.write_bytes(fuzzed(rng).encode("utf-8", "surrogatepass"))
-    modules, start = set(sys.modules), time.process_time()
-    accepted = False
-    try:
-        read_config(Config, str(file), [*NEEDED, *overrides(rng)], paths=False)
-        accepted = True
-    except ConfigError as error:
-        message = str(error)
-        assert any(part in message for part in (str(file), "command line", *NAMES)), (seed, message)
-    assert time.process_time() - start < 0.2, seed
+    modules, lines = set(sys.modules), [*NEEDED, *overrides(rng)]
+    accepted, seconds = timed_read(file, lines, seed)
+    if seconds > LIMIT_S:  # a collection of everything the worker's other tests left behind, unless it comes again
+        seconds = min(timed_read(file, lines, seed)[1] for _ in range(3))
+    assert seconds <= LIMIT_S, seed
     assert not [name for name in set(sys.modules) - modules if not name.startswith("encodings.")], seed
     node = compose_file(file) if accepted else None
     for group, leaves in node.value if node is not None else []:

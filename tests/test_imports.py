@@ -161,7 +161,7 @@ def test_what_never_stands_in_the_code_is_found(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- options
 
 OPTIONS = """
-model: path weights dtype quantize activation_checkpointing offload_activations compile shard kernels
+model: path weights dtype quantize activation_checkpointing offload compile shard kernels
 lora: rank alpha dropout rslora dora target_modules modules_to_save new_tokens adapter
 data: train valid valid_fraction chat_template train_on max_seq_len packing truncation max_bad_rows
 optim: name in_backward lr schedule warmup_steps min_lr_ratio weight_decay betas eps max_grad_norm

@@ -26,6 +26,7 @@ CHOICES = {
     "dpo.loss": ("sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "cpo"),
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy")  # lora: the folded products of torchft/fuse.py
+OFFLOADED = ("activations",)
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
@@ -96,6 +97,8 @@ def _check_model(values: dict[str, Any]) -> Problems:
     shard = values.get("model.shard", "auto")
     if shard not in ("auto", "all") and not re.fullmatch(r"[1-9][0-9]{0,5}", shard):
         problems.append(("model.shard", f"is {show(shard)}; write auto, all or a number of processes, such as 8"))
+    for name in set(values.get("model.offload", [])) - set(OFFLOADED):
+        problems.append(("model.offload", f"holds {show(name)}; what can be kept in CPU memory is {', '.join(OFFLOADED)}"))
     for name, value in values.get("model.kernels", {}).items():
         if name not in KERNELS or value not in ("triton", "eager"):
             known = f"write one of {', '.join(KERNELS)} with eager or triton, such as {{rope: eager}}"
@@ -195,9 +198,9 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         (values.get("run.exact_match_rows") and not validation, "run.exact_match_rows",
          f"{need_validation} run.exact_match_rows=0"),
         (values.get("run.eval_every") and not validation, "run.eval_every", f"{need_validation} run.eval_every=0"),
-        (values.get("model.offload_activations") and values.get("model.activation_checkpointing") == "none",
-         "model.offload_activations",
-         "moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
+        ("activations" in values.get("model.offload", []) and values.get("model.activation_checkpointing") == "none",
+         "model.offload",
+         "holds activations, which moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
         *_in_backward_rules(values),

@@ -142,7 +142,7 @@ def test_unknown_modes_are_refused(mode):
 
 
 def test_offloading_without_checkpointing_is_refused():
-    with pytest.raises(ValueError, match="model.offload_activations"):
+    with pytest.raises(ValueError, match="model.offload"):
         apply_activation_checkpointing(model_with_dropout(), "none", offload=True)
 
 

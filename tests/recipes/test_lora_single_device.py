@@ -124,7 +124,7 @@ def test_one_step_whatever_way_it_is_cut(
     base = ["lora.dropout=0", "run.global_batch_size=8", "run.max_steps=1", "data.max_seq_len=1024"]
     more = {
         "packing": ["data.packing=true", "run.global_batch_size=1"],
-        "checkpointing": ["model.activation_checkpointing=full", "model.offload_activations=true"],
+        "checkpointing": ["model.activation_checkpointing=full", "model.offload=[activations]"],
     }.get(change, [f"run.{change}"])
     if change == "packing":  # the whole data as one packed row, against all of it as rows of their own
         base[1] = "run.global_batch_size=24"
