@@ -37,6 +37,7 @@ def norm(random: Random, _: pytest.MonkeyPatch) -> None:
 
 def gate(random: Random, poison: pytest.MonkeyPatch) -> None:
     nan_empty(poison)
+    poison.setitem(test_swiglu.BOUNDS, torch.float32, 1e-5)  # a few elements alone show the error of exp itself, 1.2e-6
     test_swiglu.test_equals_fp64(size(random, 40), size(random, 3000), random.choice(DTYPES), random.choice(test_swiglu.ACTIVATIONS), False)
 
 

@@ -67,8 +67,9 @@ def test_at_released_proportions(name: str, tally: Callable) -> None:
         exact = exact_model(ids).logits
         del exact_model
         scale = max(1.0, exact.std().item())
-        error = error_of(ours(ids), exact)
-        assert error <= 2e-5 * scale
+        got, theirs = ours(ids), reference(ids).logits
+        error, rounding = error_of(got, theirs.double()), error_of(got, exact) / error_of(theirs, exact)
+        assert error <= 2e-5 * scale and rounding <= 1.5
 
     labels = torch.randint(VOCABULARY, ids.shape)
     labels[0, :9] = -100
@@ -86,5 +87,9 @@ def test_at_released_proportions(name: str, tally: Callable) -> None:
             reference.model.rotary_emb.inv_freq = frequencies  # their from_pretrained keeps it in fp32 too
         theirs, got = reference(ids).logits, ours.bfloat16()(ids)
     kl, ratio = divergence(got, exact), error_of(got, exact) / error_of(theirs, exact)
-    assert kl <= 3e-4 and ratio <= 1.5
-    tally(1, "models", **{"logits": error / scale, "gradients": worst, "bf16 KL in nats": kl, "bf16 error to transformers'": ratio})
+    # Rounded, a router takes another expert here and there, in transformers as often.
+    mixture = "bf16 KL of mixtures to transformers'" if ours.config.moe else ""
+    kl = kl / divergence(theirs, exact) if mixture else kl
+    assert kl <= (1.2 if mixture else 3e-4) and ratio <= 1.5
+    errors = {"logits": error / scale, "fp32 error to transformers'": rounding, "gradients": worst}
+    tally(1, "models", **errors, **{"bf16 error to transformers'": ratio, mixture or "bf16 KL in nats": kl})
