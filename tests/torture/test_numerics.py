@@ -16,7 +16,22 @@ from small_models import in_our_names, make_twins
 from test_parity import gradient_errors
 from torch import Tensor
 
-from torchft.models import gemma2, gemma3, glm4, gpt_oss, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from torchft.models import (
+    gemma2,
+    gemma3,
+    glm4,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 
 VOCABULARY = 8192
 FEW_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 4}
