@@ -173,4 +173,4 @@ def test_the_difference_is_relative_to_each_tensor() -> None:
     assert difference({"a": torch.tensor([3.0, float("nan")]), "b": expected["b"]}, expected)[0] == float("inf")
     with pytest.raises(UserError, match="all zero"):
         difference({"a": torch.zeros(2)}, {"a": torch.zeros(2)})
-    assert set(KERNELS) == {"lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy"}  # each but fp8 has a line
+    assert set(KERNELS) == {"lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding"}  # each but fp8 has a line
