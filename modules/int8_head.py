@@ -101,7 +101,7 @@ class Int8Report:
     was_tied: bool
 
     def __str__(self) -> str:
-        tied = "; embed_tokens, to which it is tied, keeps its dtype" if self.was_tied else ""
+        tied = "; beside embed_tokens, to which it is tied: that saves memory with model.offload=[embeddings] alone" * self.was_tied
         return f"lm_head: 8 bits with a scale per row, {self.num_bytes / 2**30:.2f} GiB, whole on each process{tied}"
 
 

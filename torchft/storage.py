@@ -20,6 +20,20 @@ def store_frozen(model: CausalLM, quantize: str, offload: list[str]) -> list[str
     Raises:
         ConfigError: what is to be stored in another form is trained, or needed on the GPU.
     """
+    _refuse(model, quantize, offload)
+    reports: list[object] = []
+    if quantize in ("nf4", INT8_HEAD):
+        reports.append(quantize_nf4(model))
+    elif quantize == "fp8":
+        reports.append(quantize_fp8(model))
+    if quantize == INT8_HEAD:
+        reports.append(quantize_head(model))
+    if "embeddings" in offload:
+        reports.append(offload_embeddings(model))
+    return [str(report) for report in reports]
+
+
+def _refuse(model: CausalLM, quantize: str, offload: list[str]) -> None:
     trained = trained_modules(model)
     if quantize == INT8_HEAD and "lm_head" in trained:
         raise ConfigError(
@@ -34,13 +48,3 @@ def store_frozen(model: CausalLM, quantize: str, offload: list[str]) -> list[str
             "model.offload: embeddings would move the model's lm_head too, since the two are one tied weight, and every step needs "
             f"all of that on the GPU: set model.quantize={INT8_HEAD}, which gives the head a copy of its own in 8 bits, or remove it"
         )
-    reports: list[object] = []
-    if quantize in ("nf4", INT8_HEAD):
-        reports.append(quantize_nf4(model))
-    elif quantize == "fp8":
-        reports.append(quantize_fp8(model))
-    if quantize == INT8_HEAD:
-        reports.append(quantize_head(model))
-    if "embeddings" in offload:
-        reports.append(offload_embeddings(model))
-    return [str(report) for report in reports]
