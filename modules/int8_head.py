@@ -102,7 +102,7 @@ class Int8Report:
 
     def __str__(self) -> str:
         tied = "; beside embed_tokens, to which it is tied: that saves memory with model.offload=[embeddings] alone" * self.was_tied
-        return f"lm_head: 8 bits with a scale per row, {self.num_bytes / 2**30:.2f} GiB, whole on each process{tied}"
+        return f"lm_head: 8 bits with a scale per row, {self.num_bytes / 2**20:,.1f} MiB, whole on each process{tied}"
 
 
 def quantize_head(model: nn.Module) -> Int8Report:

@@ -10,20 +10,22 @@ import torch
 from peak_memory import step_peak
 from processes import problems, run_processes
 from safetensors.torch import load_file
-from tiny_models import VOCAB_SIZE, hf_config, make_base
+from tiny_models import VOCAB_SIZE, hf_config, make_base, sample_ids, train_a_little
 from tiny_training import hide_cuda
 from torch import nn
 
 from torchft import distributed, dry_run
 from torchft.config import ModelConfig, OptimConfig, RunConfig
 from torchft.errors import ConfigError
+from torchft.fuse import swap
 from torchft.generate import generate, load_model
 from torchft.hf_checkpoint import SINGLE
 from torchft.models import build_model, read_config
 from torchft.modules import int8_head
+from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.host_embedding import HostEmbedding
 from torchft.modules.int8_head import quantize_rows
-from torchft.modules.lora import LoraSpec, add_lora
+from torchft.modules.lora import LoraSpec, add_lora, init_lora, trainable_parameters
 from torchft.modules.nf4 import storage
 from torchft.modules.sharding import local
 from torchft.modules.transformer import CausalLM
@@ -94,6 +96,37 @@ def test_a_model_for_answers_has_such_a_head(tmp_path: Path) -> None:
     logits = [model(torch.tensor([[1, 2, 3]])) for model in models]
     assert 0.002 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.02
     assert len(generate(models[1], [[1, 2, 3]], max_new_tokens=5, stop_ids=set())[0]) == 5
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_is_the_cpus_and_waits_for_nothing(tmp_path: Path) -> None:
+    """fp32: the embedding read over the bus, the head decoded by its kernel, NF4 blocks fused, inputs of blocks offloaded."""
+    make_base(tmp_path)
+    results = {}
+    for device in ("cpu", "cuda"):
+        model = on_meta(tmp_path)
+        if device == "cuda":
+            assert swap(model, ()).embedding
+        apply_activation_checkpointing(model, "full", offload=True)
+        load_weights(model, tmp_path, device=device, dtype=torch.float32)
+        init_lora(model, torch.Generator().manual_seed(0))
+        train_a_little(model)
+        ids = sample_ids().to(device)
+        try:
+            for step in range(3):
+                model.zero_grad()
+                if device == "cuda" and step == 2:  # all is compiled and allocated by then
+                    torch.cuda.set_sync_debug_mode("error")
+                loss = model(ids, labels=ids)
+                loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert model.model.embed_tokens.weight.is_pinned() == (device == "cuda") and model.lm_head.weight.device.type == device
+        results[device] = loss.item(), {name: param.grad.cpu() for name, param in trainable_parameters(model).items()}
+    (loss, grads), (expected, wanted) = results["cuda"], results["cpu"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, grad in wanted.items():
+        assert (grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
 
 
 # ---- Counting

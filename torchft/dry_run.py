@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wa
 GIB = 2**30
 INDENT = " " * 8
 NF4_BYTES = 0.5 + 1 / 64 + 2 / (64 * 256)  # per weight: a code, an int8 scale per 64, a bf16 scale of those per 256
+DENSE_BYTES = {"bfloat16": 2, "float32": 4}
 # Per trained parameter: (value and AdamW's two moments, gradient), by optim.name.
 TRAINED_BYTES = {"adamw": (12, 4), "adamw_8bit": (6, 4), "adamw_bf16": (6, 2)}
 
@@ -210,6 +211,7 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
     """
     from torchft.device import compile_blocks
     from torchft.fit import check_ids
+    from torchft.modules.host_embedding import host_tables
     from torchft.modules.lora import trainable_parameters
 
     try:
@@ -231,7 +233,9 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
     frozen = size(frozen_bytes(model, cfg.model.dtype))
     saved_bytes, gradient_bytes = TRAINED_BYTES[cfg.optim.name]
     trained_size = size(trained * (saved_bytes + gradient_bytes * (not cfg.optim.in_backward)))
-    print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
+    in_cpu_memory = sum(table.numel() for table in host_tables(model)) * DENSE_BYTES[cfg.model.dtype]
+    also = f" (and {size(in_cpu_memory)} of CPU memory)" * bool(in_cpu_memory)
+    print(f"{INDENT}memory: {frozen}{also} for frozen weights, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * saved_bytes * (cfg.run.keep_last + 2))
 
@@ -270,7 +274,7 @@ def frozen_bytes(model: "CausalLM", dtype: str) -> float:
     from torchft.modules.int8_head import is_int8
     from torchft.modules.nf4 import NF4Tensor
 
-    dense = {"bfloat16": 2, "float32": 4}[dtype]
+    dense = DENSE_BYTES[dtype]
 
     def each(param: "torch.Tensor") -> float:
         if isinstance(param, NF4Tensor):

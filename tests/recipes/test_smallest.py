@@ -81,3 +81,4 @@ def test_validate_says_where_the_ends_are(small_model: Path, chat_data: Path, tm
     cli.main(["validate", "tiny/qlora", *given, *SMALLEST])
     out = capsys.readouterr().out
     assert "lm_head: 8 bits with a scale per row" in out and "embed_tokens: 81,920 weights stay in CPU memory" in out
+    assert "memory: 0.2 MiB (and 0.3 MiB of CPU memory) for frozen weights" in out, out
