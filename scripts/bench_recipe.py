@@ -181,6 +181,7 @@ def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str]
     config, overrides = case_overrides(case)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
+        overrides.pop("model.offload", None)
         overrides.pop("optim.name", None)  # transformers keeps the weights and states in the dtype they were loaded in
         args = [f"--{key.split('.')[1]}={value}" for key, value in overrides.items()]
         args += ["--full"] if case.startswith("full_") else []
