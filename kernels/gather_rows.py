@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK, NUM_WARPS = 4096, 4  # 32 numbers a thread and many programs: reads over the bus take long, so that many must be under way
+MAX_BLOCK, NUM_WARPS = 4096, 4  # 32 numbers a thread: reads over the bus take long, so that many must be under way
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""embed_tokens in CPU memory: a frozen table of which a step reads some thousand rows need not lie on the GPU (1 GiB of an 8B model).
+"""embed_tokens in CPU memory: a frozen table of which a step reads some thousand rows need not lie on the GPU (1 GiB of 8B).
 
 The numbers are the very same. The table is pinned where there is a GPU, and `torchft.fuse` puts in a kernel with which the GPU
 reads the rows of its ids over the bus. Without that kernel the CPU looks them up, for which it must wait for the ids: the

@@ -5,9 +5,11 @@
     python scripts/bench_recipe.py --case dpo_1b_bf16_1024x4_noac --baseline trl_dpo
     python scripts/bench_recipe.py --case full_8b_bf16_2048x4_ac --gpus 2
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
-    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min     # the least memory; with --option optim.name=adamw_8bit less still
-    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option data.max_seq_len=65536 --timeout 900     # the longest context:
-                                                                      # raise it as long as the record's peak_alloc_gib allows
+    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option optim.name=adamw_8bit
+    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option data.max_seq_len=65536 --timeout 900
+
+The cases that end in _min take the least memory. The longest context that fits into so much: raise data.max_seq_len while the
+record's peak_alloc_gib allows.
 
 Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
@@ -69,7 +71,8 @@ CASES = [
     for ac in ("noac", "ac")
 ]
 CASES += ["qlora_8b_nf4_2048x1_min", "qlora_70b_nf4_8192x1_ac"]
-SMALLEST = {"model.quantize": "nf4_int8_head", "model.offload": "[activations,embeddings]", "model.activation_checkpointing": "full"}
+SMALLEST = {"model.quantize": "nf4_int8_head", "model.offload": "[activations,embeddings]"}
+SMALLEST |= {"model.activation_checkpointing": "full"}
 CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac", "full_8b_bf16_2048x4_ac"]
 CASES += bench_dpo.CASES
 

@@ -1,4 +1,4 @@
-"""Frozen weights in 8 bits and in CPU memory: how they are loaded, drawn, counted, divided, refused; and what a step of 8B takes."""
+"""Frozen weights in 8 bits and in CPU memory: loaded, drawn, counted, divided, refused; and what a step of 8B takes."""
 
 import json
 import sys
@@ -146,7 +146,8 @@ def test_a_base_fits_by_what_lies_on_the_gpu(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "config.json").write_text(json.dumps(hf_config(num_hidden_layers=1, vocab_size=100_000)))
     needed = 100_000 * 128  # a byte for each weight of the head; all else is small, or not on the GPU
     for memory, fits in ((needed * 3, True), (needed * 2, False)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: SimpleNamespace(total_memory=memory))
+        properties = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
         assert distributed._fits(on_meta(tmp_path), ModelConfig(), torch.device("cuda")) == fits
     assert not distributed._fits(on_meta(tmp_path, INT8_HEAD, ()), ModelConfig(), torch.device("cuda"))
 

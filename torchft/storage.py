@@ -45,6 +45,6 @@ def _refuse(model: CausalLM, quantize: str, offload: list[str]) -> None:
         )
     if "embeddings" in offload and is_tied(model) and quantize != INT8_HEAD:
         raise ConfigError(
-            "model.offload: embeddings would move the model's lm_head too, since the two are one tied weight, and every step needs "
-            f"all of that on the GPU: set model.quantize={INT8_HEAD}, which gives the head a copy of its own in 8 bits, or remove it"
+            "model.offload: embeddings would move the model's lm_head too, since the two are one tied weight, of which every step "
+            f"needs all on the GPU: set model.quantize={INT8_HEAD}, which gives the head a copy of its own in 8 bits, or remove it"
         )

@@ -1,8 +1,9 @@
 """Weights into a model built on meta: streamed from a Hugging Face checkpoint, or random from a seed.
 
-Tensor by tensor: read, cast, moved, quantised where the model says NF4 or FP8, put in place; a stack of experts when its last one is
-read, a head in 8 bits slice by slice. So neither a dense copy of a quantised model nor a second copy of any model ever exists. Checkpoint names are the
-model's own, but for the experts' numbers (stored.py); whatever does not fit exactly is an error that names the tensor.
+Tensor by tensor: read, cast, moved, quantised where the model says NF4 or FP8, put in place; a stack of experts when its last
+one is read, a head in 8 bits slice by slice. So neither a dense copy of a quantised model nor a second copy of any model ever
+exists. Checkpoint names are the model's own, but for the experts' numbers (stored.py); whatever does not fit exactly is an
+error that names the tensor.
 """
 
 import zlib

@@ -36,7 +36,8 @@ def test_ids_on_another_device_go_to_the_kernel() -> None:
     model = adapted()
     offload_embeddings(model)
     seen = []
-    model.model.embed_tokens.gather = lambda table, ids: seen.append((table, ids)) or torch.empty(*ids.shape, 128, device=ids.device)
+    empty = lambda ids: torch.empty(*ids.shape, 128, device=ids.device)  # noqa: E731
+    model.model.embed_tokens.gather = lambda table, ids: seen.append((table, ids)) or empty(ids)
     ids = torch.zeros(5, 2, dtype=torch.int64, device="meta").T
     assert model.model.embed_tokens(ids).shape == (2, 5, 128)
     [(table, given)] = seen

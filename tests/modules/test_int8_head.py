@@ -77,7 +77,9 @@ def test_a_row_that_is_not_finite_stays_so(value: float) -> None:
     assert dense(codes, scale)[0].isnan().all() and dense(codes, scale)[1].isfinite().all()
 
 
-@pytest.mark.parametrize("num_rows, width, itemsize", [(128256, 4096, 2), (61, 12, 4), (1, 1, 4), (262144, 3840, 2), (50257, 768, 2)])
+@pytest.mark.parametrize(
+    "num_rows, width, itemsize", [(128256, 4096, 2), (61, 12, 4), (1, 1, 4), (262144, 3840, 2), (50257, 768, 2)]
+)
 @pytest.mark.parametrize("module", [int8_head, int8_rows])
 def test_slices_are_of_one_size_and_hold_every_row_once(module: Any, num_rows: int, width: int, itemsize: int, monkeypatch) -> None:
     monkeypatch.setattr(module, "SLICE_BYTES", 64 * 2**20)

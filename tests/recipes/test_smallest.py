@@ -1,4 +1,4 @@
-"""Recipes with lm_head in 8 bits and embed_tokens in CPU memory: curves, resume, preferences, rewards, what `tune validate` says."""
+"""Recipes with lm_head in 8 bits and embed_tokens in CPU memory: curves, resume, preferences, rewards, `tune validate`."""
 
 from pathlib import Path
 
@@ -76,7 +76,9 @@ def test_an_adapter_that_trains_the_head_is_refused_before_anything_is_loaded(
         lora_single_device.main(more)
 
 
-def test_validate_says_where_the_ends_are(small_model: Path, chat_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_validate_says_where_the_ends_are(
+    small_model: Path, chat_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     given = [f"model.path={small_model}", f"data.train={chat_data}", f"run.out={tmp_path / 'out'}", "data.max_seq_len=128"]
     cli.main(["validate", "tiny/qlora", *given, *SMALLEST])
     out = capsys.readouterr().out
