@@ -33,7 +33,7 @@ class _LoraSwigluLinear(torch.autograd.Function):
         replayed: bool,
         *adapters: Tensor,
     ) -> Tensor:
-        extended = extended_weight(group, gate_up.dtype, "nf4" in eager)
+        extended = extended_weight(group, gate_up.dtype, "nf4" in eager, adapters_only=replayed)
         pad, width = padded_rank(group.b), gate_up.shape[1] // 2
         wide = gate_up.new_empty(gate_up.shape[0], width + pad)
         swiglu(gate_up, wide[:, :width], activation=activation, eager="swiglu" in eager)
@@ -48,6 +48,7 @@ class _LoraSwigluLinear(torch.autograd.Function):
         (gate_up, xa), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
         extended = extended_weight(group, dy.dtype, "nf4" in ctx.eager)
         dx, dyb = input_gradient(dy, extended, padded_rank(group.b))
+        del extended  # before d_gate_up, as large as it, is made
         # x takes the place of dx, element by element, as that is read
         d_gate_up = swiglu_backward(dx, gate_up, dx, activation=ctx.activation, eager="swiglu" in ctx.eager)
         return d_gate_up, *[None] * 5, *adapter_gradients(dyb, dx, dy, xa, group)

@@ -17,7 +17,7 @@ LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet", ".txt")  # any other data p
 CHOICES = {
     "model.weights": ("pretrained", "random"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.quantize": ("none", "nf4", "fp8"),
+    "model.quantize": ("none", "nf4", "nf4_int8_head", "fp8"),
     "model.compile": ("auto", "on", "off"),
     "data.train_on": ("all", "last"),
     "data.truncation": ("drop", "right"),
@@ -25,8 +25,8 @@ CHOICES = {
     "optim.schedule": ("constant", "linear", "cosine"),
     "dpo.loss": ("sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "cpo"),
 }
-KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy")  # lora: the folded products of torchft/fuse.py
-OFFLOADED = ("activations",)
+KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding")  # lora: the folded products
+OFFLOADED = ("activations", "embeddings")
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
@@ -201,6 +201,7 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         ("activations" in values.get("model.offload", []) and values.get("model.activation_checkpointing") == "none",
          "model.offload",
          "holds activations, which moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
+        *_frozen_ends_rules(values),
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
         *_in_backward_rules(values),
@@ -219,6 +220,20 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         *_preference_rules(values),
     ]  # fmt: skip
     return [(key, message) for broken, key, message in rules if broken]
+
+
+def _frozen_ends_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """What is kept as only a frozen weight can be, though something trains it."""
+    in_memory = "embeddings" in values.get("model.offload", [])
+    in_8_bits = values.get("model.quantize") == "nf4_int8_head" and "lora.rank" in values  # without it: refused above
+    rules = []
+    for name, key, value, chosen in (("embed_tokens", "model.offload", "holds embeddings", in_memory),
+                                     ("lm_head", "model.quantize", "is nf4_int8_head", in_8_bits)):  # fmt: skip
+        who = "" if "lora.rank" in values else "this recipe"
+        who = "lora.new_tokens" if values.get("lora.new_tokens") else who
+        who = "lora.modules_to_save" if name in values.get("lora.modules_to_save", []) else who
+        rules.append((chosen and bool(who), key, f"{value}, for a frozen {name}, and {who} trains it; remove one of them"))
+    return rules
 
 
 def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:

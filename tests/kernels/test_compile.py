@@ -34,6 +34,8 @@ KERNELS = [
     ("rms_norm", "_weight_backward_kernel", "*{0} *{0} *fp32 *{0} *{0} *fp32 i32 i32 i32", {"ROWS": 32, "BLOCK_D": 4096}),
     ("linear_cross_entropy", "_logprob_kernel", "*{0} *i64 *fp32 *fp32 i32 i32 i32",
      {"V": 128256, "IGNORE": -100, "BLOCK": 8192, "WRITE_GRADIENT": True}),
+    ("int8_rows", "_decode_kernel", "*i8 *fp32 *{0}", {"D": 4096, "BLOCK": 4096}),
+    ("gather_rows", "_gather_kernel", "*{0} *i64 *{0} i32", {"D": 5376, "BLOCK": 4096}),
     ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 4096, "BLOCKS": 1}),
     ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 16384, "BLOCKS": 2}),
     ("fp8_transpose", "_transpose_kernel", "*u8 *u8 i32 i32 i32", {"TILE": 128}),
