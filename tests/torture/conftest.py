@@ -24,7 +24,7 @@ def _fixtures_of(folder: str) -> object:
     return module
 
 
-small_model, chat_data = (getattr(_fixtures_of("recipes"), name) for name in ("small_model", "chat_data"))
+small_model, chat_data, pair_data = (getattr(_fixtures_of("recipes"), name) for name in ("small_model", "chat_data", "pair_data"))
 byte_model, build = (getattr(_fixtures_of("data"), name) for name in ("byte_model", "build"))
 
 

@@ -21,6 +21,7 @@ from torchft.run_dir import checkpoints, verify_checkpoint
 
 RECIPES = {"lora_single_device": (1,), "lora_distributed": (1, 2), "full_finetune_distributed": (1, 2)}  # -> numbers of processes
 WAYS = [(recipe, processes) for recipe, counts in RECIPES.items() for processes in counts]
+DPO = ("dpo_distributed", 2)  # all weights, against log-probabilities that it has computed first; reads pairs
 STEPS, SAVE_EVERY = 6, 2
 Arm = Callable[[Any, int], None]  # (the recipe's module, rank), called in the child
 
@@ -38,6 +39,8 @@ def options(recipe: str, model: Path, data: Path, out: Path, *more: str) -> Any:
     values |= {"run.resume": "auto"}
     if recipe.startswith("lora"):
         values |= {"lora.rank": 4, "lora.dropout": 0.1}
+    if recipe == DPO[0]:
+        values |= {"lora.rank": 0, "optim.lr": 0.001}
     values |= dict(text.split("=", 1) for text in more)
     return parse(module_of(recipe).Config, [f"{key}={value}" for key, value in values.items()])
 
