@@ -8,7 +8,7 @@
 
 The base weights are not in it: they are read from the model directory again. Nothing is pickled. A kill loses at most
 `run.save_every` steps. On several processes the first one writes and reads, tensors are whole in the files, and so a
-run may go on with another number of them. Left out: models trained whole, which are saved in parts (parts.py).
+run may go on with another number of them. Left out: what recipes that train all weights save in parts (parts.py).
 """
 
 import json
