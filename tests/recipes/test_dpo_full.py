@@ -129,6 +129,26 @@ def test_a_resumed_run_is_the_same_bits(
         assert resumed == whole[len(whole) - len(resumed) :] and resumed
 
 
+WAYS = {  # options of a run's first two steps, on 2 processes, and of the others, on 1
+    "QLoRA": (["lora.rank=4", "optim.lr=0.01", "model.quantize=nf4"], ["model.shard=all"], ["model.shard=1"]),
+    "all weights": ([], ["dpo.reference=copy"], ["dpo.reference=precomputed"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_on_other_processes(small_model: Path, pair_data: Path, tmp_path: Path, way: str) -> None:
+    """With the other kind of reference, and with adapters, which are saved in parts too."""
+    more, first, then = WAYS[way]
+    more = [*more, "optim.schedule=constant", "run.resume=auto", "run.sample_rows=0", "run.eval_every=0"]
+    expected = train_all(1, small_model, pair_data, tmp_path / "straight", *more)
+    train_all(2, small_model, pair_data, tmp_path / "moved", *more, *first, "run.max_steps=2", "data.valid_fraction=0.25")
+    out = train_all(1, small_model, pair_data, tmp_path / "moved", *more, *then)
+    steps = [[record for record in log_records(path) if "lr" in record] for path in (out, expected)]
+    assert len(steps[0]) == STEPS
+    for record, wanted in zip(*steps, strict=True):
+        assert record == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
 def killed_in_the_pass(cfg: recipe.Config, number: int) -> None:
     """Process 1 dies when it has computed half of its share."""
     original, calls = reference.label_logprobs, 0
