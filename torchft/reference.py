@@ -181,18 +181,20 @@ class StoredReference:
             with safe_open(self._file, framework="pt") as file:
                 about = file.metadata() or {}
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            then = json.loads(about["facts"])
-            differing = [name for name in self._facts if then.get(name) != self._facts[name]]
-            wrong = f"it is of another {', '.join(differing)}" if differing else ""
-            if not wrong and about["sha256"] != _hash(values):
-                wrong = "it is damaged"
+            wrong = self._why_not(dict(json.loads(about.get("facts", "{}"))), about.get("sha256"), values)
         except FileNotFoundError:
             return {}
-        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError) as error:  # TypeError: other JSON, other dtypes
             wrong = f"it cannot be read: {error}"
         if wrong:
             say(f"reference: {self._file} is computed again, {wrong}")
         return {} if wrong else values
+
+    def _why_not(self, facts: dict[str, str | None], sha256: str | None, values: dict[str, Tensor]) -> str:
+        differing = [name for name in self._facts if facts.get(name) != self._facts[name]]
+        if differing:
+            return f"it is of another {', '.join(differing)}"
+        return "" if sha256 == _hash(values) else "it is damaged"
 
     def _write_file(self, values: dict[str, Tensor]) -> None:
         about = {"facts": json.dumps(self._facts, sort_keys=True), "sha256": _hash(values)}
