@@ -118,7 +118,7 @@ class StoredReference:
         self._places = {name: supervised_places(self._datasets[name], samples) for name, samples in used.items()}
         self._facts = facts | {"choice of pairs": hashlib.sha256(used["train"].tobytes()).hexdigest()}
         self.num_pairs = sum(map(len, used.values()))
-        self._found: dict[str, Tensor] = {}
+        self._found: dict[str, np.ndarray] = {}
 
     def read(self, say: Callable[[str], None]) -> bool:
         """Whether the file is there and fits, on all processes; the batches have it from now on. What does not fit is said."""
@@ -130,7 +130,7 @@ class StoredReference:
 
     def batches(self) -> Iterator[tuple[str, Batch]]:
         """(dataset, batch) until every pair was in one, equally many on every process, with a progress bar on a terminal."""
-        self._found = {name: torch.full((len(held.ids),), -torch.inf) for name, held in self._datasets.items()}
+        self._found = self._columns(-np.inf)
         known = np.zeros(len(self._loader.dataset), bool)
         bar = {"desc": "reference", "unit": " pairs", "leave": False, "disable": rank() > 0 or None}
         progress = tqdm(total=self.num_pairs, **bar)
@@ -148,8 +148,8 @@ class StoredReference:
 
     def put(self, name: str, batch: Batch, logprobs: Tensor) -> None:
         """Take the log-probabilities of a batch's labels, (B, T) fp32, of which those count that are supervised."""
-        places = torch.from_numpy(supervised_places(self._datasets[name], batch.samples))
-        self._found[name][places] = logprobs.cpu()[batch.labels.cpu() >= 0].nan_to_num(nan=torch.inf)
+        places = supervised_places(self._datasets[name], batch.samples)
+        self._found[name][places] = logprobs.cpu()[batch.labels.cpu() >= 0].nan_to_num(nan=torch.inf).numpy()
 
     def write(self) -> None:
         """Bring the processes' shares together, and write the file; the batches have them from now on.
@@ -159,8 +159,9 @@ class StoredReference:
         values = {}
         for name, places in self._places.items():
             # What a process has not computed is -inf there; of a pair that two have, the larger numbers count.
-            values[name] = highest_each(self._found.pop(name)[torch.from_numpy(places)])
+            values[name] = highest_each(torch.from_numpy(self._found[name][places]))
             self._check_finite(name, values[name])
+        self._found.clear()
         from_main(lambda: self._write_file(values))
         self._attach(values)
 
@@ -204,9 +205,15 @@ class StoredReference:
             raise UserError(f"{self._file} cannot be written: {error}; free space or choose another run.out") from None
 
     def _attach(self, values: dict[str, Tensor]) -> None:
+        columns = self._columns(0.0)
         for name, dataset in self._datasets.items():
-            dataset.reference = np.zeros(len(dataset.ids), np.float32)
+            dataset.reference = columns[name]
             dataset.reference[self._places[name]] = values[name].numpy()
+
+    def _columns(self, value: float) -> dict[str, np.ndarray]:
+        """A number for each token of each dataset; one array where two share their tokens, as with a part held out."""
+        made = {id(held.ids): np.full(len(held.ids), value, np.float32) for held in self._datasets.values()}
+        return {name: made[id(held.ids)] for name, held in self._datasets.items()}
 
 
 def supervised_places(dataset: Dataset, samples: np.ndarray) -> np.ndarray:

@@ -72,7 +72,6 @@ def trl_records(cfg: recipe.Config, rows: list[dict], out: Path) -> list[dict]:
 TRAINED = {
     "an adapter": ("optim.lr=0.004",),
     "all weights": ("optim.lr=0.0005", "lora.rank=0", "lora.alpha=32"),
-    "all weights, a copy": ("optim.lr=0.0005", "lora.rank=0", "lora.alpha=32", "dpo.reference=copy", "dpo.beta=0.3"),
 }
 
 
