@@ -16,6 +16,7 @@ any claim about quality.
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import statistics
@@ -58,7 +59,12 @@ LLAMA_3_1_8B = {
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
-SIZES = {"1b": "Llama-3.2-1B", "8b": "", "70b": "Llama-3.1-70B"}  # rows of torchft.models.llama.SIZES
+SIZES = {  # -> family, row of its SIZES
+    "1b": ("llama", "Llama-3.2-1B"),
+    "70b": ("llama", "Llama-3.1-70B"),
+    "gemma4b": ("gemma3", "Gemma-3-4B"),
+    "qwen30ba3b": ("qwen3_moe", "Qwen3-30B-A3B"),
+}
 CASES = [
     f"{method}_8b_{dtype}_{shape}_{ac}"
     for method, dtype in (("lora", "bf16"), ("lora", "fp8"), ("qlora", "nf4"))
@@ -67,6 +73,7 @@ CASES = [
 ]
 CASES += ["qlora_70b_nf4_8192x1_ac"]
 CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac", "full_8b_bf16_2048x4_ac"]
+CASES += ["lora_gemma4b_bf16_2048x4_noac", "lora_qwen30ba3b_bf16_2048x4_ac", "qlora_qwen30ba3b_nf4_2048x4_ac"]
 CASES += bench_dpo.CASES
 
 
@@ -86,12 +93,13 @@ def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
 
 
 def model_config(size: str) -> dict:
-    """config.json of a Llama of that size."""
+    """config.json of a model of that size."""
     if size == "8b":
         return LLAMA_3_1_8B
-    from torchft.models.llama import SIZES as SHAPES
-
-    return SHAPES[SIZES[size]] | {"hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16"}
+    family, row = SIZES[size]
+    shape = importlib.import_module(f"torchft.models.{family}").SIZES[row]
+    activation = {} if family == "gemma3" else {"hidden_act": "silu"}  # Gemma's is gelu_pytorch_tanh, and goes by another name
+    return shape | activation | {"initializer_range": 0.02, "torch_dtype": "bfloat16"}
 
 
 def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +52,11 @@ def test_the_kernels_compile_for_sm_90() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * len(KERNELS)
+
+
+def test_program_ids_are_64_bit_before_they_are_multiplied():
+    """PITFALLS G1: an offset of more than 2^31 elements from a 32-bit id is wrong and often finite. A remainder stays small."""
+    folder = Path(__file__).resolve().parents[2] / "kernels"
+    lines = [line for file in folder.glob("*.py") for line in file.read_text().splitlines() if "program_id(" in line]
+    assert len(lines) > 10
+    assert not [line for line in lines if ".to(tl.int64)" not in line and not re.search(r"program_id\(\d\) % ", line)]

@@ -75,24 +75,30 @@ TRAINED = {
 }
 
 
+def both_curves(model: Path, data: Path, folder: Path, trained: str = "an adapter") -> tuple[list[dict], list[dict]]:
+    """What the recipe and TRL log of each step, over the same pairs in the same order."""
+    more = (f"run.max_steps={STEPS}", f"run.global_batch_size={PAIRS}", "run.micro_batch_size=4", "run.epochs=9")
+    more += ("optim.schedule=constant", "optim.warmup_steps=0", "data.valid_fraction=0", "run.eval_every=0")
+    cfg = options(model, data, folder / "ours", *more, *TRAINED[trained])
+    assert run_processes(1, lambda _: recipe.main(cfg), folder / "ours") == [0], problems(folder / "ours")
+    ours = [record for record in log_records(folder / "ours") if "loss" in record]
+
+    train, _ = datasets(cfg)
+    loader = Loader(train, cfg.data, cfg.run)
+    table = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [table[train.row[sample]] for step in range(STEPS) for sample in loader.step_samples(step)]
+    theirs = trl_records(cfg, rows, folder / "trl")
+    assert len(ours) == len(theirs) == STEPS and len(rows) == STEPS * PAIRS
+    return ours, theirs
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trained", TRAINED)
 def test_thirty_steps_are_trls_and_pefts(
     small_model: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
 ) -> None:
     hide_cuda(monkeypatch)
-    more = (f"run.max_steps={STEPS}", f"run.global_batch_size={PAIRS}", "run.micro_batch_size=4", "run.epochs=9")
-    more += ("optim.schedule=constant", "optim.warmup_steps=0", "data.valid_fraction=0", "run.eval_every=0")
-    cfg = options(small_model, pair_data, tmp_path / "ours", *more, *TRAINED[trained])
-    assert run_processes(1, lambda _: recipe.main(cfg), tmp_path / "ours") == [0], problems(tmp_path / "ours")
-    ours = [record for record in log_records(tmp_path / "ours") if "loss" in record]
-
-    train, _ = datasets(cfg)
-    loader = Loader(train, cfg.data, cfg.run)
-    table = [json.loads(line) for line in pair_data.read_text().splitlines()]
-    rows = [table[train.row[sample]] for step in range(STEPS) for sample in loader.step_samples(step)]
-    theirs = trl_records(cfg, rows, tmp_path / "trl")
-    assert len(ours) == len(theirs) == STEPS and len(rows) == STEPS * PAIRS
+    ours, theirs = both_curves(small_model, pair_data, tmp_path, trained)
     for mine, other in zip(ours, theirs, strict=True):
         assert abs(mine["loss"] - other["loss"]) <= 1e-4, (mine["step"], mine["loss"], other["loss"])
         names = {"rewards_chosen": "rewards/chosen", "margin": "rewards/margins", "logps_rejected": "logps/rejected"}
