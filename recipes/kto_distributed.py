@@ -4,7 +4,7 @@
     tune run --nproc_per_node 8 kto_distributed --config llama3_1/8B_kto data.train=verdicts.jsonl
     tune cp kto_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/kto
 
-It is dpo_distributed for data without pairs (torchft/losses.py: kto); `diff` the two. An answer's reward is compared with a
+It is lora_distributed with verdicts as data and their loss (torchft/losses.py: kto); `diff` the two. An answer's reward is compared with a
 baseline, the divergence from the reference, which each step estimates from its prompts with each other's answers before it
 takes a gradient. Every process runs all of this; what is printed and written comes from the first. The whole run is in
 `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy is yours to

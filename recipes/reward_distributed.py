@@ -4,7 +4,7 @@
     tune run --nproc_per_node 8 reward_distributed --config llama3_1/8B_reward data.train=pairs.jsonl
     tune cp reward_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/reward
 
-It is dpo_distributed with a score on the last token of each answer in place of its log-probability, and without a reference;
+It is lora_distributed with pairs of answers as data and a score on the last token of each in place of log-probabilities;
 `diff` the two. What it writes is a Hugging Face `...ForSequenceClassification` with one label, the adapter merged in.
 Every process runs all of this; what is printed and written comes from the first.
 The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy

@@ -29,7 +29,7 @@ class ModelConfig:
 class LoraOptions:
     """The adapter. Ranks and scales as in Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
 
-    rank: int = 16
+    rank: int = 16  # 0, in dpo_distributed alone: no adapter, all weights are trained
     alpha: float = 32.0  # the update is scaled by alpha / rank, or alpha / sqrt(rank) with rslora
     dropout: float = 0.0  # on the adapter's input
     rslora: bool = False  # https://arxiv.org/abs/2312.03732
@@ -115,6 +115,7 @@ class PreferenceOptions:
     label_smoothing: float = 0.0  # share of labels taken to be wrong, with sigmoid and robust
     gamma: float = 0.0  # the margin that SimPO asks for, in units of the reward
     sft_weight: float = 0.0  # of the chosen answer's cross entropy per token, added to the loss
+    reference: str = "auto"  # with lora.rank=0: precomputed (auto; torchft/reference.py) | copy (a second model, model.dtype)
 
 
 @dataclass

@@ -129,11 +129,14 @@ def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
 
 def highest(number: int) -> int:
     """The largest of all processes' numbers, which all must give. Waits for the hosts, not for the devices."""
-    if not _host_group:
-        return number
-    numbers = torch.tensor([number])
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group[0])
-    return int(numbers.item())
+    return int(highest_each(torch.tensor([number])).item())
+
+
+def highest_each(values: torch.Tensor) -> torch.Tensor:
+    """Of each element the largest of all processes' ones, in place, for a tensor on the CPU. Waits for the hosts as `highest`."""
+    if _host_group:
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=_host_group[0])
+    return values
 
 
 def from_main(make: Callable[[], T]) -> T:

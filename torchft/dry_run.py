@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wa
 GIB = 2**30
 INDENT = " " * 8
 NF4_BYTES = 0.5 + 1 / 64 + 2 / (64 * 256)  # per weight: a code, an int8 scale per 64, a bf16 scale of those per 256
-DENSE_BYTES = {"bfloat16": 2, "float32": 4}
+DENSE_BYTES = {"bfloat16": 2, "float32": 4}  # per weight, by model.dtype
 # Per trained parameter: (value and AdamW's two moments, gradient), by optim.name.
 TRAINED_BYTES = {"adamw": (12, 4), "adamw_8bit": (6, 4), "adamw_bf16": (6, 2)}
 
@@ -65,7 +65,7 @@ class FullRun(WholeOptions):
 
 @dataclass
 class Options(WholeOptions):
-    """Those of the recipes that train adapters."""
+    """Those of the recipes that train adapters; with lora.rank=0, in dpo_distributed, there is none."""
 
     lora: LoraOptions = field(default_factory=LoraOptions)
 
@@ -230,12 +230,15 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
         reports.append(f"model.shard={cfg.model.shard}: for recipes on several processes alone{processes}")
     for line in reports:
         print(textwrap.indent(line, INDENT))
-    frozen = size(frozen_bytes(model, cfg.model.dtype))
+    copied = isinstance(cfg, PreferenceRun) and cfg.dpo.reference == "copy"  # as torchft/reference.py loads it
+    copy_bytes = total * DENSE_BYTES[cfg.model.dtype] if copied else 0
+    frozen = size(frozen_bytes(model, cfg.model.dtype) + copy_bytes)
+    what = "the frozen copy" if copied else "frozen weights"
     saved_bytes, gradient_bytes = TRAINED_BYTES[cfg.optim.name]
     trained_size = size(trained * (saved_bytes + gradient_bytes * (not cfg.optim.in_backward)))
     in_cpu_memory = sum(table.numel() for table in host_tables(model)) * DENSE_BYTES[cfg.model.dtype]
     also = f" (and {size(in_cpu_memory)} of CPU memory)" * bool(in_cpu_memory)
-    print(f"{INDENT}memory: {frozen}{also} for frozen weights, {trained_size} for what is trained; activations come on top")
+    print(f"{INDENT}memory: {frozen}{also} for {what}, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * saved_bytes * (cfg.run.keep_last + 2))
 
@@ -258,7 +261,7 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     with torch.device("meta"):
         model = build_model(read_model_config(resolve_path(cfg.model.path)))
     reports = []
-    if isinstance(cfg, Options):
+    if isinstance(cfg, Options) and cfg.lora.rank:
         reports.append(str(add_adapter(model, cfg.lora, new_ids)[1]))
     return model, reports + store_frozen(model, cfg.model.quantize, cfg.model.offload)
 

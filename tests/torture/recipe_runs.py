@@ -21,7 +21,7 @@ from torchft.run_dir import checkpoints, verify_checkpoint
 
 RECIPES = {  # -> numbers of processes
     "lora_single_device": (1,), "lora_distributed": (1, 2), "full_finetune_distributed": (1, 2),
-    "dpo_distributed": (1, 2), "kto_distributed": (2,), "reward_distributed": (2,),
+    "dpo_distributed": (1, 2), "dpo_distributed, all weights": (2,), "kto_distributed": (2,), "reward_distributed": (2,),
 }  # fmt: skip
 WAYS = [(recipe, processes) for recipe, counts in RECIPES.items() for processes in counts]
 STEPS, SAVE_EVERY = 6, 2
@@ -29,7 +29,7 @@ Arm = Callable[[Any, int], None]  # (the recipe's module, rank), called in the c
 
 
 def module_of(recipe: str) -> Any:
-    return importlib.import_module(f"torchft.recipes.{recipe}")
+    return importlib.import_module(f"torchft.recipes.{recipe.partition(',')[0]}")
 
 
 def options(recipe: str, model: Path, data: Path, out: Path, *more: str) -> Any:
@@ -41,6 +41,8 @@ def options(recipe: str, model: Path, data: Path, out: Path, *more: str) -> Any:
     values |= {"run.resume": "auto"}
     if not recipe.startswith("full"):
         values |= {"lora.rank": 4, "lora.dropout": 0.1 if recipe.startswith("lora") else 0}
+    if recipe.endswith("all weights"):
+        values |= {"lora.rank": 0, "optim.lr": 0.001}
     values |= dict(text.split("=", 1) for text in more)
     return parse(module_of(recipe).Config, [f"{key}={value}" for key, value in values.items()])
 
