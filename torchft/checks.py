@@ -229,14 +229,14 @@ def check_pairs(values: dict[str, Any]) -> Problems:
 def _frozen_ends_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     """What is kept as only a frozen weight can be, though something trains it."""
     in_memory = "embeddings" in values.get("model.offload", [])
-    in_8_bits = values.get("model.quantize") == "nf4_int8_head" and "lora.rank" in values  # without it: refused above
+    in_8_bits = values.get("model.quantize") == "nf4_int8_head" and values.get("lora.rank")  # without it: refused above
     rules = []
     for name, key, value, chosen in (("embed_tokens", "model.offload", "holds embeddings", in_memory),
                                      ("lm_head", "model.quantize", "is nf4_int8_head", in_8_bits)):  # fmt: skip
-        who = "" if "lora.rank" in values else "this recipe"
+        who = "" if values.get("lora.rank") else "lora.rank=0" if "lora.rank" in values else "this recipe"
         who = "lora.new_tokens" if values.get("lora.new_tokens") else who
         who = "lora.modules_to_save" if name in values.get("lora.modules_to_save", []) else who
-        rules.append((chosen and bool(who), key, f"{value}, for a frozen {name}, and {who} trains it; remove one of them"))
+        rules.append((bool(chosen and who), key, f"{value}, for a frozen {name}, and {who} trains it; remove one of them"))
     return rules
 
 
