@@ -72,6 +72,10 @@ def test_validate_of_a_model_trained_whole(workplace, capsys):
     }.items():
         cli.main(["validate", "my_full.yaml", *options])
         assert f"{taken * total / 2**20:.1f} MiB for what is trained" in capsys.readouterr().out
+    cli.main(["validate", "my_full.yaml", "data.new_tokens=['<|a|>','<|b|>']"])
+    out = capsys.readouterr().out
+    assert f"model   ok: {total + 2 * shape.hidden_size:,} parameters" in out  # tied: one table
+    assert f"2 tokens added: embed_tokens and lm_head have {shape.vocab_size + 2:,} rows" in out
     assert shape.tie_word_embeddings and "LoRA" not in out
     with pytest.raises(SystemExit):
         cli.main(["validate", "my_full.yaml", "lora.rank=4"])

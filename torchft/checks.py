@@ -124,7 +124,7 @@ def _check_lora(values: dict[str, Any]) -> Problems:
         problems.append(
             ("lora.modules_to_save", f"holds {show(name)}; only embed_tokens and lm_head are trained whole")
         )
-    for key in ("lora.target_modules", "lora.modules_to_save", "lora.new_tokens"):
+    for key in ("lora.target_modules", "lora.modules_to_save"):
         problems += _check_names(key, values.get(key, []))
     return problems
 
@@ -136,7 +136,7 @@ def _check_names(key: str, names: list[str]) -> Problems:
 
 
 def _check_data(values: dict[str, Any]) -> Problems:
-    problems: Problems = []
+    problems = _check_names("data.new_tokens", values.get("data.new_tokens", []))
     for group in ("data.train", "data.valid"):
         for i, source in enumerate(values.get(group, [])):
             key = f"{group}[{i}]"
@@ -208,12 +208,14 @@ def check_pairs(values: dict[str, Any]) -> Problems:
          "is adamw_bf16, which keeps weights in bf16: set model.dtype=bfloat16, or optim.name=adamw"),
         (values.get("optim.name") == "adamw_bf16" and "lora.rank" in values, "optim.name",
          "is adamw_bf16, for models that are trained whole in bf16, and adapters are kept in fp32: use adamw or adamw_8bit"),
-        (bool(values.get("lora.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,
-         "lora.modules_to_save", "must name both embed_tokens and lm_head beside lora.new_tokens, whose rows are in both; "
+        (bool(values.get("data.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,
+         "lora.modules_to_save", "must name both embed_tokens and lm_head beside data.new_tokens, whose rows are in both; "
          "or leave it empty to train only those rows"),
         *[(bool(values.get("lora.adapter")) and key in values and values[key] != default, key,
            "has no effect beside lora.adapter, which decides it; remove one of them")
           for key, default in LORA_DEFAULTS.items()],
+        (bool(values.get("lora.adapter")) and bool(values.get("data.new_tokens")), "data.new_tokens",
+         "has no effect beside lora.adapter, which has a vocabulary of its own; remove one of them"),
         (bool(clashing), "lora.modules_to_save",
          f"and lora.target_modules both name {', '.join(clashing)}; keep one of them"),
         *_preference_rules(values),
@@ -252,7 +254,7 @@ def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         (loss in ("orpo", "cpo") and values["dpo.sft_weight"] > 0.0, "dpo.sft_weight",
          f"would be a second term of its kind: dpo.loss={loss} has one; remove it"),
         *[("reward.center_weight" in values and bool(values.get(key)), key, "has no use in a reward model; remove it")
-          for key in ("lora.modules_to_save", "lora.new_tokens", "run.exact_match_rows")],
+          for key in ("lora.modules_to_save", "data.new_tokens", "run.exact_match_rows")],
         (kto and values.get("run.global_batch_size", 2) < 2 and not values.get("data.packing", True),
          "run.global_batch_size", "must be 2 or more: KTO pairs each prompt with the answer to another one of the step"),
     ]  # fmt: skip
@@ -265,7 +267,7 @@ def _reference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         (bool(values.get("lora.adapter")), "lora.adapter",
          f"{why}, but training would start from this one; merge it first (tune merge) and name the result in model.path"),
         *[(bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, or choose "
-           "a dpo.loss without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "lora.new_tokens")],
+           "a dpo.loss without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "data.new_tokens")],
     ]  # fmt: skip
 
 

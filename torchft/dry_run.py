@@ -165,9 +165,9 @@ def load_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Loader", "Dat
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import load_tokenizer
 
-    lora = cfg.lora if isinstance(cfg, Options) else LoraOptions()
-    tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), lora.adapter))
-    template = load_template(cfg.data.chat_template, tokenizer, lora.new_tokens)
+    adapter = cfg.lora.adapter if isinstance(cfg, Options) else ""
+    tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), adapter))
+    template = load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
     kind = kind or sources_kind(cfg.data.train)
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
     loader = Loader(train, cfg.data, cfg.run)
@@ -251,12 +251,17 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     from torchft.models import read_config as read_model_config
     from torchft.modules.fp8 import quantize_fp8
     from torchft.modules.nf4 import quantize_nf4
+    from torchft.modules.vocab import grow_vocab
 
     with torch.device("meta"):
         model = build_model(read_model_config(resolve_path(cfg.model.path)))
     reports = []
     if isinstance(cfg, Options):
         reports.append(str(add_adapter(model, cfg.lora, new_ids)[1]))
+    else:
+        grow_vocab(model, new_ids)
+    if new_ids:
+        reports.append(f"{counted(len(new_ids), 'token')} added: embed_tokens and lm_head have {model.config.vocab_size:,} rows")
     if cfg.model.quantize == "nf4":
         reports.append(str(quantize_nf4(model)))
     elif cfg.model.quantize == "fp8":

@@ -39,6 +39,7 @@ from torchft.modules.lora import trainable_parameters
 from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.sharding import cut, local, whole
 from torchft.modules.transformer import CausalLM
+from torchft.modules.vocab import grow_vocab, init_new_rows
 from torchft.ranks import rank, world_size
 from torchft.weights import load_weights, random_weights
 
@@ -72,7 +73,7 @@ class Subject:
         cfg = self.cfg
         with torch.device("meta"):
             model = build_model(self.model_config)
-        new_rows = add_adapter(model, cfg.lora, self.new_ids)[2] if isinstance(cfg, Options) else 0
+        new_rows = add_adapter(model, cfg.lora, self.new_ids)[2] if isinstance(cfg, Options) else grow_vocab(model, self.new_ids)
         if cfg.model.quantize == "nf4":
             quantize_nf4(model)
         prepare(model)
@@ -81,9 +82,12 @@ class Subject:
         else:
             path = resolve_path(cfg.model.path)
             load_weights(model, path, device=self.device, dtype=torch.float32, new_rows=new_rows)
+        generator = torch.Generator().manual_seed(cfg.run.seed)
         if isinstance(cfg, Options):
-            init_adapter(model, cfg.lora, self.new_ids, torch.Generator().manual_seed(cfg.run.seed))
+            init_adapter(model, cfg.lora, self.new_ids, generator)
             _move_adapter(model)
+        else:
+            init_new_rows(model, self.new_ids, generator)
         return model
 
     def batches(self, groups: Iterable[Iterable[int]], packing: bool = False) -> Iterator[Batch]:

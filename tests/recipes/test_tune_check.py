@@ -66,7 +66,7 @@ def test_nothing_differs_on_two_processes_either(config: Callable, capsys: pytes
     assert len(found) == 15
 
 
-@pytest.mark.parametrize("kind, more", [("full", []), ("qlora", ["model.quantize=nf4"]), ("lora", ["lora.dora=true"])])
+@pytest.mark.parametrize("kind, more", [("full", ["data.new_tokens=['<|a|>']"]), ("qlora", ["model.quantize=nf4"]), ("lora", ["lora.dora=true"])])
 def test_nothing_differs(
     kind: str, more: list[str], config: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
