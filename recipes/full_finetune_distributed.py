@@ -116,11 +116,12 @@ def main(cfg: Config) -> None:
     dtype = getattr(torch, cfg.model.dtype)  # to compute and export in
     kept = dtype if cfg.optim.name == "adamw_bf16" else torch.float32  # of the weights that are trained
     log.print(str(divide(model, cfg.model, device, kept, dtype)))
+    home = torch.device("cpu") if "weights" in cfg.model.offload else device  # where weights and moments lie between times
     if cfg.model.weights == "random":
         log.print("WARNING: model.weights=random is for measuring; nothing will be exported")
-        random_weights(model, seed=run.seed, device=device, dtype=kept)
+        random_weights(model, seed=run.seed, device=home, dtype=kept)
     else:
-        log.print(str(load_weights(model, path, device=device, dtype=kept, new_rows=new_rows)))
+        log.print(str(load_weights(model, path, device=home, dtype=kept, new_rows=new_rows)))
     init_new_rows(model, new_ids, torch.Generator().manual_seed(run.seed))  # on the CPU: the same on every device
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim, run.seed)

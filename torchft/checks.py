@@ -26,7 +26,7 @@ CHOICES = {
     "dpo.loss": ("sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "cpo"),
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy")  # lora: the folded products of torchft/fuse.py
-OFFLOADED = ("activations",)
+OFFLOADED = ("activations", "weights")
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
@@ -204,6 +204,7 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
         *_in_backward_rules(values),
+        *_weights_rules(values),
         (values.get("optim.name") == "adamw_bf16" and values.get("model.dtype", "bfloat16") != "bfloat16", "optim.name",
          "is adamw_bf16, which keeps weights in bf16: set model.dtype=bfloat16, or optim.name=adamw"),
         (values.get("optim.name") == "adamw_bf16" and "lora.rank" in values, "optim.name",
@@ -233,11 +234,28 @@ def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
                                 "the norm to clip by is known only after all updates; set optim.max_grad_norm=0"),
         "run.micro_batch_size": (accumulated, "a gradient that is accumulated must be kept; set run.micro_batch_size to "
                                  "run.global_batch_size"),
+        "model.offload": ("weights" in values.get("model.offload", []), "gradients leave the device by themselves then, and updates "
+                          "on the CPU would hold backward up; set optim.in_backward=false"),
         "optim.name": (values.get("optim.name") == "adamw_8bit", "adamw_8bit updates all parameters at once; use adamw or "
                        "adamw_bf16"),
         "lora.rank": ("lora.rank" in values, "adapters' gradients are small; set optim.in_backward=false"),
     }  # fmt: skip
     return [(broken, "optim.in_backward", f"and {key} cannot go together: {why}") for key, (broken, why) in clashes.items()]
+
+
+def _weights_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """What weights, gradients and moments in CPU memory do not go with."""
+    if "weights" not in values.get("model.offload", []):
+        return []
+    why = {"adamw_8bit": "torchao's update is compiled for parameters that lie where their mesh computes",
+           "adamw_bf16": "its rounding is a kernel for GPUs, and takes 300 times as long as adamw on a CPU"}  # fmt: skip
+    return [
+        ("lora.rank" in values, "model.offload", "holds weights, which is for models trained whole: beside adapters nothing but "
+         "frozen weights would travel, for nothing; use model.quantize=nf4, or divide them (model.shard=all), and remove it"),
+        ("lora.rank" not in values and values.get("optim.name") in why, "optim.name",
+         f"is {values.get('optim.name')}, and the optimizer works in CPU memory where model.offload holds weights: "
+         f"{why.get(values.get('optim.name'))}; set optim.name=adamw"),
+    ]  # fmt: skip
 
 
 def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:

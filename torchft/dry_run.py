@@ -231,7 +231,10 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
     frozen = size(frozen_bytes(model, cfg.model.dtype))
     saved_bytes, gradient_bytes = TRAINED_BYTES[cfg.optim.name]
     trained_size = size(trained * (saved_bytes + gradient_bytes * (not cfg.optim.in_backward)))
-    print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
+    if "weights" in cfg.model.offload:
+        print(textwrap.indent(offloaded_memory(model, cfg.model.dtype), INDENT))
+    else:
+        print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * saved_bytes * (cfg.run.keep_last + 2))
 
@@ -285,6 +288,28 @@ def frozen_bytes(model: "CausalLM", dtype: str) -> float:
         return 1 + 4 / param.shape[1] if is_fp8(param) else dense  # a fp32 scale per row
 
     return sum(param.numel() * each(param) for param in model.parameters() if not param.requires_grad)
+
+
+def offloaded_memory(model: "CausalLM", dtype: str) -> str:
+    """What model.offload=[weights] takes on the device and on the host, and how much travels between them, in lines.
+
+    The device holds tables and two blocks (one is on its way) in `dtype`, and their gradients; of the larger of these the fp32
+    values too, as they come from the host, or as sums of gradients that go there.
+    """
+    from torchft.model_dir import available_memory
+
+    width = {"bfloat16": 2, "float32": 4}[dtype]
+    total = sum(param.numel() for param in model.parameters())
+    blocks = [sum(param.numel() for param in block.parameters()) for block in model.model.layers]
+    tables, two = total - sum(blocks), 2 * max(blocks)
+    on_device = 2 * width * (tables + two) + 8 * max(tables, two)
+    free = available_memory()
+    return (
+        f"memory: on each device about {size(on_device)} for what is gathered; activations come on top\n"
+        f"        in CPU memory {size(16 * total)} over all processes, half of it pinned; a checkpoint's copy, if it fits, is "
+        f"{size(12 * total)} more (free on this machine: {size(free)})\n"
+        f"        per forward and backward {size(12 * total)} travel between them, over all processes"
+    )
 
 
 def check_disk(out: Path, needed: int) -> None:

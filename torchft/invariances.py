@@ -230,6 +230,7 @@ def _one_of_two(number: int, port: int, subject: Subject, file: Path) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     cfg = subject.cfg
+    cfg = replace(cfg, model=replace(cfg.model, offload=[]))  # where weights lie between steps is no part of one
     join_processes(cfg.model, cfg.optim, replace(cfg.run, global_batch_size=2, micro_batch_size=1))
     device = torch.device("cuda", number) if subject.device.type == "cuda" else subject.device
     mine = replace(subject, device=device)
