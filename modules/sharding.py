@@ -86,7 +86,8 @@ def shard_model(
     for block in model.model.layers:
         block.base_stays = base_whole
         fully_shard(block, **options)
-    fully_shard(model, **options)
+    # Tables, last norm and head stay gathered from forward to backward, which would gather them again at once.
+    fully_shard(model, **options | {"reshard_after_forward": False})
     divided = sum(isinstance(param, DTensor) for param in model.parameters())
     return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), base_whole, in_cpu_memory)
 

@@ -308,7 +308,7 @@ def offloaded_memory(model: "CausalLM", dtype: str) -> str:
         f"memory: on each device about {size(on_device)} for what is gathered; activations come on top\n"
         f"        in CPU memory {size(16 * total)} over all processes, half of it pinned; a checkpoint's copy, if it fits, is "
         f"{size(12 * total)} more (free on this machine: {size(free)})\n"
-        f"        per forward and backward {size(12 * total)} travel between them, over all processes"
+        f"        per forward and backward {size(12 * total - 4 * tables)} travel between them, over all processes"
     )
 
 
