@@ -24,7 +24,7 @@ def check_ids(config: TransformerConfig, tokenizer: Tokenizer, *datasets: Datase
             raise UserError(
                 f"{dataset.key}: the tokenizer of {tokenizer.path} writes the id {largest} "
                 f"({tokenizer.decode([largest], skip_special=False)!r}), but the model has {config.vocab_size:,} rows: "
-                "tokenizer and config.json are of two models, or a token was added without lora.new_tokens"
+                "tokenizer and config.json are of two models, or a token was added without data.new_tokens"
             )
 
 
