@@ -2,7 +2,8 @@
 
 A divided parameter is a DTensor: each process holds some rows of it, and a block's rows are gathered for as long as the
 block computes. The functions here treat an ordinary tensor as the case of one holder, so that callers need no branch. With
-`in_cpu_memory` the rows lie in the host's memory, on a mesh of GPUs: what is gathered from there outside of a forward travels by gloo.
+`in_cpu_memory` the rows lie in the host's memory, though their mesh is one of GPUs: what is gathered of them outside of a
+forward travels by gloo.
 
 Order: model on meta -> adapters -> NF4 -> checkpointing -> compile -> `shard_model` -> fill every parameter.
 Left out: dividing anything but rows (tensor parallelism).
@@ -74,11 +75,7 @@ def shard_model(
         in_cpu_memory: weights, gradients and so the optimizer's moments stay on the host, in memory that a GPU can copy from
             beside its work; every parameter must be filled there.
     """
-    from torch.distributed.fsdp import (  # here: its import takes half a second
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        fully_shard,
-    )
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard  # here: it takes half a second
 
     parts = mesh.size(mesh.ndim - 1)
     frozen = {name: param for name, param in model.named_parameters() if not param.requires_grad}
@@ -145,7 +142,7 @@ def rows_held(tensor: Tensor) -> slice:
 
 
 def divided_like(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor with as many rows as `like`, dealt out as they are and where they are, of which `part` is what this process holds.
+    """A tensor with as many rows as `like`, dealt out as and where they are, of which `part` is what this process holds.
 
     `like` on meta has no place yet: the part stays where it is.
     """

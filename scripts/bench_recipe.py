@@ -80,7 +80,8 @@ CASES = [
 CASES += ["qlora_8b_nf4_2048x1_min", "qlora_70b_nf4_8192x1_ac"]
 SMALLEST = {"model.quantize": "nf4_int8_head", "model.offload": "[activations,embeddings]"}
 SMALLEST |= {"model.activation_checkpointing": "full"}
-CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac", "full_3b_fp32master_2048x4_ac", "full_8b_bf16_2048x4_ac"]
+CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac"]
+CASES += ["full_3b_fp32master_2048x4_ac", "full_8b_bf16_2048x4_ac"]
 CASES += ["lora_gemma4b_bf16_2048x4_noac", "lora_qwen30ba3b_bf16_2048x4_ac", "qlora_qwen30ba3b_nf4_2048x4_ac"]
 CASES += bench_dpo.CASES
 
@@ -185,7 +186,7 @@ def reduce_log(records: list[dict]) -> dict:
 
 
 def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str], gpus: int) -> dict:
-    """Run scripts/baselines/<name>.py on the case's shapes, the batch times the GPUs; it prints one JSON object as its last line."""
+    """Run scripts/baselines/<name>.py on the case's shapes, the batch times the GPUs; its last line is one JSON object."""
     if name == "plain":
         return run_plain(case, timeout_s, configurations)
     if name == "trl_dpo":

@@ -253,8 +253,8 @@ def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
                                 "the norm to clip by is known only after all updates; set optim.max_grad_norm=0"),
         "run.micro_batch_size": (accumulated, "a gradient that is accumulated must be kept; set run.micro_batch_size to "
                                  "run.global_batch_size"),
-        "model.offload": ("weights" in values.get("model.offload", []), "gradients leave the device by themselves then, and updates "
-                          "on the CPU would hold backward up; set optim.in_backward=false"),
+        "model.offload": ("weights" in values.get("model.offload", []), "gradients leave the device by themselves then, and "
+                          "updates on the CPU would hold backward up; set optim.in_backward=false"),
         "optim.name": (values.get("optim.name") == "adamw_8bit", "adamw_8bit updates all parameters at once; use adamw or "
                        "adamw_bf16"),
         "lora.rank": (bool(values.get("lora.rank")), "adapters' gradients are small; set optim.in_backward=false"),
@@ -284,8 +284,8 @@ def _weights_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     why = {"adamw_8bit": "torchao's update is compiled for parameters that lie where their mesh computes",
            "adamw_bf16": "its rounding is a kernel for GPUs, and takes 300 times as long as adamw on a CPU"}  # fmt: skip
     return [
-        ("lora.rank" in values, "model.offload", "holds weights, which is for models trained whole: beside adapters nothing but "
-         "frozen weights would travel, for nothing; use model.quantize=nf4, or divide them (model.shard=all), and remove it"),
+        ("lora.rank" in values, "model.offload", "holds weights, which is for models trained whole: beside adapters nothing "
+         "but frozen weights would travel, for nothing; use model.quantize=nf4, or divide them (model.shard=all), and remove it"),
         ("lora.rank" not in values and values.get("optim.name") in why, "optim.name",
          f"is {values.get('optim.name')}, and the optimizer works in CPU memory where model.offload holds weights: "
          f"{why.get(values.get('optim.name'))}; set optim.name=adamw"),

@@ -270,7 +270,8 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     else:
         grow_vocab(model, new_ids)
     if new_ids:
-        reports.append(f"{counted(len(new_ids), 'token')} added: embed_tokens and lm_head have {model.config.vocab_size:,} rows")
+        rows = f"{model.config.vocab_size:,} rows"
+        reports.append(f"{counted(len(new_ids), 'token')} added: embed_tokens and lm_head have {rows}")
     return model, reports + store_frozen(model, cfg.model.quantize, cfg.model.offload)
 
 

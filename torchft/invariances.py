@@ -73,7 +73,8 @@ class Subject:
         cfg = self.cfg
         with torch.device("meta"):
             model = build_model(self.model_config)
-        new_rows = add_adapter(model, cfg.lora, self.new_ids)[2] if isinstance(cfg, Options) else grow_vocab(model, self.new_ids)
+        adapted = isinstance(cfg, Options)
+        new_rows = add_adapter(model, cfg.lora, self.new_ids)[2] if adapted else grow_vocab(model, self.new_ids)
         store_frozen(model, cfg.model.quantize, cfg.model.offload)
         prepare(model)
         if self.random:
@@ -82,7 +83,7 @@ class Subject:
             path = resolve_path(cfg.model.path)
             load_weights(model, path, device=self.device, dtype=torch.float32, new_rows=new_rows)
         generator = torch.Generator().manual_seed(cfg.run.seed)
-        if isinstance(cfg, Options):
+        if adapted:
             init_adapter(model, cfg.lora, self.new_ids, generator)
             _move_adapter(model)
         else:

@@ -32,7 +32,7 @@ TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 def build_optimizer(params: dict[str, nn.Parameter], cfg: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW over `params` (name -> Parameter, all on one device or in CPU memory); 1-D parameters, embeddings and heads get no decay.
+    """AdamW over `params` (name -> Parameter, all in one place); 1-D parameters, embeddings and heads get no decay.
 
     `seed`, the run's, is that of adamw_bf16's rounding. Raises ConfigError where the parameters are not in the dtype that
     `optim.name` wants (fp32; bf16 for adamw_bf16), UserError where that is unknown, or needs what this machine lacks.
@@ -147,7 +147,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def norm_and_check(
     params: dict[str, nn.Parameter], max_norm: float, loss: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients' global norm, whether the step is not finite, and the factor that clips to `max_norm`, where the gradients are.
+    """The gradients' global norm, whether the step is not finite, and the factor that clips, where the gradients are.
 
     `loss`: the step's, a scalar; over several processes the global one, so that the verdict is the same everywhere.
     Returns three fp32 scalars: the norm before clipping; found_inf (1.0 if the norm or the loss is not finite, else 0.0);

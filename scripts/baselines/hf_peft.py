@@ -5,8 +5,8 @@ Random weights, fully supervised rows.
     python scripts/baselines/hf_peft.py --config DIR --max_seq_len 2048 --global_batch_size 4 --activation_checkpointing none
 
 DIR holds a config.json. Prints one JSON object: tokens/s (median of 10 steps after 5), peak allocated GiB, first and last loss.
-Under torchrun each process takes its share of the batch: adapters by DistributedDataParallel, the whole model by FSDP2, a layer at a
-time. Without a GPU it runs on the CPU, to see that it runs.
+Under torchrun each process takes its share of the batch: adapters by DistributedDataParallel, the whole model by FSDP2, a
+layer at a time. Without a GPU it runs on the CPU, to see that it runs.
 """
 
 import argparse
@@ -32,7 +32,8 @@ def distributed(model: nn.Module, full: bool, dtype: str) -> nn.Module:
     """The model on several processes as its users would have it: all weights divided, or a frozen base on each."""
     if not full:
         return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if KIND == "cuda" else None)
-    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "float32" else MixedPrecisionPolicy()
+    types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if dtype == "float32" else {}
+    mixed = MixedPrecisionPolicy(**types)
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=mixed)
     return fully_shard(model, mp_policy=mixed)

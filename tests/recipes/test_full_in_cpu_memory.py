@@ -1,7 +1,7 @@
 """model.offload=[weights]: the very same run with weights, gradients and moments in CPU memory.
 
-Without a GPU the device that computes is the CPU too, and nothing could show what is left on the wrong side. So the mesh says it
-is of GPUs here (`of_gpus`): whatever would put a part of a weight there fails, as torch is built without CUDA or finds none.
+Without a GPU the device that computes is the CPU too, and nothing could show what is left on the wrong side. So the mesh
+says that it is of GPUs here (`of_gpus`): whatever would put a part of a weight there fails, as no GPU is found.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From now on the mesh calls itself cuda, over gloo, and FSDP2 computes its blocks on the CPU. Returns who asks where that is."""
+    """From now on the mesh calls itself cuda, over gloo, and FSDP2 computes on the CPU. Returns who asks where that is."""
     asked: list[str] = []
     init, handle = distributed.init_device_mesh, SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 8)
     monkeypatch.setattr(device_mesh, "_get_device_handle", lambda kind: handle)
@@ -82,8 +82,10 @@ def test_a_run_goes_on_where_its_weights_move(
     same_run(train(2, small_model, chat_data, tmp_path / "moved", *more, OFFLOADED), straight)
 
 
-def test_everything_lies_in_cpu_memory(small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, gradients and moments at a step, on one process too; nobody takes the place of a weight for that of its products."""
+def test_everything_lies_in_cpu_memory(
+    small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and moments, on one process too; nobody takes where a weight lies for where it computes."""
     asked = of_gpus(monkeypatch)
     cfg, original, devices = options(small_model, chat_data, tmp_path, OFFLOADED, "run.max_steps=1"), recipe.step_optimizer, []
 
@@ -125,8 +127,12 @@ def test_a_part_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run_processes(2, work, tmp_path) == [0, 0], problems(tmp_path)
 
 
-@pytest.mark.parametrize("gpus, offload, backend", [(True, ["weights"], "cpu:gloo,cuda:nccl"), (True, [], "nccl"), (False, ["weights"], "gloo")])
-def test_tensors_in_cpu_memory_have_a_backend(gpus: bool, offload: list[str], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "gpus, offload, backend", [(True, ["weights"], "cpu:gloo,cuda:nccl"), (True, [], "nccl"), (False, ["weights"], "gloo")]
+)
+def test_tensors_in_cpu_memory_have_a_backend(
+    gpus: bool, offload: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the mesh is of GPUs, NCCL alone could not gather them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -148,9 +154,11 @@ def test_tensors_in_cpu_memory_have_a_backend(gpus: bool, offload: list[str], ba
     [
         (["optim.name=adamw_8bit"], "optim.name is adamw_8bit, and the optimizer works in CPU memory"),
         (["optim.name=adamw_bf16", "model.dtype=bfloat16"], "its rounding is a kernel for GPUs, and takes 300 times as long"),
-        (["optim.in_backward=true", "optim.max_grad_norm=0", "run.micro_batch_size=8"], "optim.in_backward and model.offload cannot go"),
+        (["optim.in_backward=true", "optim.max_grad_norm=0", "run.micro_batch_size=8"], "in_backward and model.offload cannot go"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(small_model: Path, chat_data: Path, tmp_path: Path, more: list[str], message: str) -> None:
+def test_what_cannot_be_is_refused_by_name(
+    small_model: Path, chat_data: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         options(small_model, chat_data, tmp_path, OFFLOADED, *more)

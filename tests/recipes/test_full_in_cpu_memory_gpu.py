@@ -1,4 +1,4 @@
-"""model.offload=[weights] on GPUs: near the run on the device, bit for bit its own, in pinned memory, and in a fraction of the device's."""
+"""model.offload=[weights] on GPUs: near the run on the device, continued bit for bit, pinned, and in a fraction of its memory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ OFFLOADED = "model.offload=[weights]"
 MARK = "        sum_over_processes(loss)\n        if not updates:\n"
 LOOK = """        for name, param in params.items():
             assert param.device.type == "cpu" and param.to_local().is_pinned() and param.device_mesh.device_type == "cuda", name
-            assert param.grad.device.type == "cpu" and all(t.device.type == "cpu" for t in optimizer.state[param].values()), name
+            assert param.grad.device.type == "cpu" and all(t.device.type == "cpu" for t in optimizer.state[param].values())
 """
 
 
@@ -34,9 +34,9 @@ def processes(request: pytest.FixtureRequest) -> int:
 def train(processes: int, model: Path, data: Path, out: Path, *more: str, recipe: str = "full_finetune_distributed") -> Path:
     """In processes of their own, as a user starts them; `recipe`: a name or a file."""
     values = {"model.path": model, "model.dtype": "float32", "model.compile": "off", "data.train": data, "run.out": out}
-    values |= {"data.packing": "false", "data.max_seq_len": 128, "data.valid_fraction": 0.25, "run.epochs": 2, "run.max_steps": 4}
-    values |= {"run.global_batch_size": 8, "run.micro_batch_size": 2, "run.save_every": 2, "run.keep_last": 9, "run.sample_rows": 1}
-    values |= {"run.max_new_tokens": 4, "run.deterministic": "true", "optim.lr": 0.003, "optim.warmup_steps": 2}
+    values |= {"data.packing": "false", "data.max_seq_len": 128, "data.valid_fraction": 0.25, "run.epochs": 2}
+    values |= {"run.global_batch_size": 8, "run.micro_batch_size": 2, "run.max_steps": 4, "run.save_every": 2}
+    values |= {"run.keep_last": 9, "run.sample_rows": 1, "run.max_new_tokens": 4, "run.deterministic": "true", "optim.lr": 0.003, "optim.warmup_steps": 2}
     values |= dict(text.split("=", 1) for text in more)
     number = [] if processes == 1 else ["--nproc_per_node", str(processes)]
     command = [sys.executable, "-m", "torchft", "run", *number, recipe, *(f"{key}={value}" for key, value in values.items())]
@@ -50,7 +50,7 @@ def losses(out: Path) -> list[float]:
 
 
 def test_the_curve_of_the_device(small_model: Path, chat_data: Path, tmp_path: Path, processes: int) -> None:
-    """AdamW on the CPU rounds otherwise than on the GPU. In a copy of the recipe that looks where everything lies at each step."""
+    """AdamW on the CPU rounds otherwise than on the GPU. A copy of the recipe looks where everything lies at each step."""
     text = (RECIPES / "full_finetune_distributed.py").read_text()
     assert text.count(MARK) == 1
     looking = tmp_path / "mine.py"

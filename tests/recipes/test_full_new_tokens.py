@@ -101,6 +101,7 @@ def test_a_killed_run_goes_on_bit_for_bit(small_model: Path, chat_data: Path, tm
     assert run_processes(2, lambda _: recipe.main(cfg), tmp_path / "killed") == [0, 0], problems(tmp_path / "killed")
     assert_same(exported(tmp_path / "killed"), exported(straight))
     assert log_records(tmp_path / "killed") == log_records(straight)
-    other = options(small_model, chat_data, tmp_path / "killed", *CHATML[:1], *more[2:], "data.new_tokens=['<|im_start|>','<|im_end|>']")
+    fewer = "data.new_tokens=['<|im_start|>','<|im_end|>']"
+    other = options(small_model, chat_data, tmp_path / "killed", CHATML[0], fewer, *more[2:])
     assert run_processes(1, lambda _: recipe.main(other), tmp_path / "killed") == [1]
     assert "cannot be continued with another value of\n  data.new_tokens: " in problems(tmp_path / "killed")
