@@ -68,7 +68,7 @@ def test_every_input_changes_the_key(byte_model, tmp_path, monkeypatch):
         keys[f"source.{name}"] = key(source=dataclasses.replace(source, **{name: value}))
     changed = {
         "valid_fraction": 0.1, "chat_template": "chatml", "train_on": "last", "max_seq_len": 64, "packing": False,
-        "truncation": "right", "max_bad_rows": 0.5,
+        "truncation": "right", "max_bad_rows": 0.5, "new_tokens": ["<new>"],
     }  # fmt: skip
     assert {"train", "valid", *changed} == {field.name for field in dataclasses.fields(DataConfig)}
     for name, value in changed.items():
