@@ -18,8 +18,8 @@ class ModelConfig:
     weights: str = "pretrained"  # pretrained | random (for measuring: needs config.json and a tokenizer, never exported)
     dtype: str = "bfloat16"  # of the frozen base: bfloat16 | float32
     quantize: str = "none"  # frozen linears: none | nf4 (QLoRA: 4 bits, double-quantised) | fp8 (8 bits, fast on Hopper)
-    activation_checkpointing: str = "none"  # none | full | every_<n>: recompute every n-th block in backward
-    offload: list[str] = field(default_factory=list)  # to CPU memory: activations (the inputs of checkpointed blocks)
+    activation_checkpointing: str = "none"  # none | full | every_<n>: every n-th block is recomputed | auto: what does not fit
+    offload: list[str] = field(default_factory=list)  # to CPU memory: activations (what recomputed blocks keep: modules/checkpointing.py)
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
     kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py
     shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)
