@@ -10,7 +10,8 @@ each token:
 
 The maximum and the sum of the exponentials are taken in one pass over V ("online", Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867, algorithm 3). `linear_cross_entropy`, where s = -1, does all of it in forward;
-`linear_logprobs`, whose s is known only in backward, makes the logits a second time there.
+`linear_logprobs`, whose s is known only in backward, makes the logits a second time there. A frozen W may be int8 with a scale
+per row: then its two products are taken slice by slice of V (int8_rows.py), each of which is decoded for each chunk.
 
 Legend: N tokens, D hidden, V vocabulary, C tokens of a chunk.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from torchft.kernels import launch
+from torchft.kernels.int8_rows import input_gradient_into, product_into
 
 IGNORE_INDEX = -100  # label of a token that is not supervised
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -144,15 +146,19 @@ def _add_product(total: Tensor, gradient: Tensor, x: Tensor) -> None:
         total += gradient.T @ x
 
 
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
 def _walk(
-    inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor | None, chunk_size: int, wanted: list[bool], eager: bool
+    inputs: Inputs, upstream: Tensor | None, chunk_size: int, wanted: list[bool], eager: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight, labels -> log-probabilities (N,) fp32, d hidden, d weight in fp32 (empty where not `wanted`)."""
-    hidden, weight, labels = inputs
-    _check(hidden, weight, labels, chunk_size, eager)
+    """hidden, weight, scale, labels -> log-probabilities (N,) fp32, d hidden, d weight in fp32 (empty where not `wanted`)."""
+    hidden, weight, scale, labels = inputs
+    _check(inputs, chunk_size, eager)
     (num_tokens, width), vocabulary = hidden.shape, len(weight)
-    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.dtype)
-    head = weight.to(hidden.dtype)  # (V, D)
+    # An int8 head is decoded anew for each chunk: twice as large ones, half as often.
+    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.dtype) * (1 if scale is None else 2)
+    head = weight.to(hidden.dtype) if scale is None else weight  # (V, D)
     ignored = (labels == IGNORE_INDEX)[:, None]  # (N, 1)
     logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
     buffer = torch.empty(min(chunk_size, num_tokens), vocabulary, dtype=hidden.dtype, device=hidden.device)
@@ -162,23 +168,26 @@ def _walk(
     for start in range(0, num_tokens, chunk_size):
         chunk = slice(start, start + chunk_size)
         x = hidden[chunk].masked_fill(ignored[chunk], 0.0)  # NaN times a gradient of zero would be NaN
-        logits = torch.mm(x, head.T, out=buffer[: len(x)])
-        scale = None if upstream is None else upstream[chunk]
-        _logprobs(logits, labels[chunk], scale, logprobs[chunk], any(wanted), eager)  # the logits are their gradient now
+        logits = product_into(x, head, scale, buffer[: len(x)], eager)
+        own = None if upstream is None else upstream[chunk]
+        _logprobs(logits, labels[chunk], own, logprobs[chunk], any(wanted), eager)  # the logits are their gradient now
         if wanted[0]:
-            torch.mm(logits, head, out=grad_hidden[chunk])
+            input_gradient_into(logits, head, scale, grad_hidden[chunk], eager)
         if wanted[1]:
             _add_product(grad_weight, logits, x)
     return logprobs, grad_hidden, grad_weight
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, eager: bool) -> None:
+def _check(inputs: Inputs, chunk_size: int, eager: bool) -> None:
+    hidden, weight, scale, labels = inputs
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden, weight: need (N, D) and (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels: need ({len(hidden)},) int64 or int32, got {tuple(labels.shape)} {labels.dtype}")
     if hidden.dtype not in DTYPES:
         raise ValueError(f"hidden: the loss is fp32, so that it takes fp32, fp16 and bf16, and not {hidden.dtype}")
+    if (weight.dtype == torch.int8) != (scale is not None):
+        raise ValueError("scale: an int8 weight needs one of each row, and no other weight has them")
     if chunk_size < 0:
         raise ValueError(f"chunk_size: {chunk_size} is negative (0 chooses)")
     if not eager and not launch.can_run(hidden):
@@ -187,9 +196,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, eage
 
 @torch.library.custom_op("torchft::linear_cross_entropy", mutates_args=())
 def _cross_entropy_op(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, wanted: list[bool], eager: bool
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, wanted: list[bool], eager: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs, grad_hidden, grad_weight = _walk((hidden, weight, labels), None, chunk_size, wanted, eager)
+    logprobs, grad_hidden, grad_weight = _walk((hidden, weight, scale, labels), None, chunk_size, wanted, eager)
     return 0.0 - logprobs.sum(), grad_hidden, grad_weight
 
 
@@ -201,14 +210,14 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: list[bool]) -> tuple
 
 @_cross_entropy_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, wanted: list[bool], eager: bool
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, wanted: list[bool], eager: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     return loss, *_fake_gradients(hidden, weight, wanted)
 
 
 def _setup_cross_entropy(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[4]
+    ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[5]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else backward is given zeros as large as the head for what is no loss
     ctx.save_for_backward(*output[1:])
@@ -222,72 +231,75 @@ def _cross_entropy_backward(ctx: FunctionCtx, upstream: Tensor, *_: None) -> tup
     if ctx.wanted[1]:  # straight into the weight's dtype: no further fp32 copy of the size of the head
         scaled_weight = torch.empty(grad_weight.shape, dtype=ctx.weight_dtype, device=grad_weight.device)
         torch.mul(grad_weight, upstream, out=scaled_weight)
-    return scaled_hidden, scaled_weight, None, None, None, None
+    return scaled_hidden, scaled_weight, *[None] * 5
 
 
 _cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_setup_cross_entropy)
 
 
 @torch.library.custom_op("torchft::linear_logprobs", mutates_args=())
-def _logprobs_op(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, eager: bool) -> Tensor:
-    return _walk((hidden, weight, labels), None, chunk_size, [False, False], eager)[0]
+def _logprobs_op(
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, eager: bool
+) -> Tensor:
+    return _walk((hidden, weight, scale, labels), None, chunk_size, [False, False], eager)[0]
 
 
 @_logprobs_op.register_fake
-def _(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, eager: bool) -> Tensor:
+def _(hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, eager: bool) -> Tensor:
     return torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
 
 
 @torch.library.custom_op("torchft::linear_logprobs_backward", mutates_args=())
 def _logprobs_backward_op(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, wanted: list[bool], eager: bool
-) -> tuple[Tensor, Tensor]:
-    return _walk((hidden, weight, labels), upstream, chunk_size, wanted, eager)[1:]
+    upstream: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor,
+    chunk_size: int, wanted: list[bool], eager: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _walk((hidden, weight, scale, labels), upstream, chunk_size, wanted, eager)[1:]
 
 
 @_logprobs_backward_op.register_fake
 def _(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, wanted: list[bool], eager: bool
-) -> tuple[Tensor, Tensor]:
+    upstream: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor,
+    chunk_size: int, wanted: list[bool], eager: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _fake_gradients(hidden, weight, wanted)
 
 
 def _setup_logprobs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    hidden, weight, labels, ctx.chunk_size, ctx.eager = inputs
-    ctx.save_for_backward(hidden, weight, labels)
+    *tensors, ctx.chunk_size, ctx.eager = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _logprobs_backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, labels = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
-    grads = _logprobs_backward_op(upstream, hidden, weight, labels, ctx.chunk_size, wanted, ctx.eager)
+    grads = _logprobs_backward_op(upstream, *ctx.saved_tensors, ctx.chunk_size, wanted, ctx.eager)
     grad_hidden, grad_weight = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+    return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.saved_tensors[1].dtype), *[None] * 4
 
 
 _logprobs_op.register_autograd(_logprobs_backward, setup_context=_setup_logprobs)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 0, eager: bool = False
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, scale: Tensor | None = None, chunk_size: int = 0, eager: bool = False
 ) -> Tensor:
     """Sum over supervised tokens of -log softmax(hidden weight^T)[label], a fp32 scalar.
 
     hidden (N, D) fp32, fp16 or bf16; weight (V, D) of any float dtype (the product is taken in hidden's); labels (N,)
     int64 or int32, already shifted, -100 where a token is not supervised: such a row may hold anything. Without a
-    supervised token the result is a zero that is still connected to the graph. `chunk_size` in tokens, 0 chooses.
-    Raises ValueError on other shapes and dtypes.
+    supervised token the result is a zero that is still connected to the graph. scale (V,) fp32: of the rows of an int8 weight,
+    which gets no gradient. `chunk_size` in tokens, 0 chooses. Raises ValueError on other shapes and dtypes.
     """
     grad = torch.is_grad_enabled()
     wanted = [grad and hidden.requires_grad, grad and weight.requires_grad]
-    return _cross_entropy_op(hidden, weight, labels, chunk_size, wanted, eager)[0]
+    return _cross_entropy_op(hidden, weight, scale, labels, chunk_size, wanted, eager)[0]
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 0, eager: bool = False
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, scale: Tensor | None = None, chunk_size: int = 0, eager: bool = False
 ) -> Tensor:
     """log softmax(hidden weight^T)[label] of each token: (N,) fp32, zero where the label is -100.
 
     Arguments and errors as in `linear_cross_entropy`. For losses that need each token's own: preference pairs, RL.
     """
-    return _logprobs_op(hidden, weight, labels, chunk_size, eager)
+    return _logprobs_op(hidden, weight, scale, labels, chunk_size, eager)

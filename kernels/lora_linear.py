@@ -104,7 +104,7 @@ def _write_adapter(
         torch.mul(a, scale, out=below[:rank])
         beside.zero_()
         beside[:, offset : offset + rank].copy_(b)
-    elif pad > 0:
+    elif pad > 0 and rows + rank > 0:
         strips = triton.cdiv(rows, STRIP_ROWS)
         grid = (strips + triton.cdiv(width, ROW_BLOCK) * (rank > 0),)
         strides = a.stride(0), b.stride(0), below.stride(0)
@@ -112,10 +112,15 @@ def _write_adapter(
         _adapter_kernel[grid](a, b, below, beside, rows, width, pad, *strides, scale, offset, strips, **sizes)
 
 
-def extended_weight(group: Group, dtype: torch.dtype, eager: bool) -> Tensor:
-    """E of a group: the packed one, or a new one."""
+def extended_weight(group: Group, dtype: torch.dtype, eager: bool, adapters_only: bool = False) -> Tensor:
+    """E of a group: the packed one, or a new one; with adapters_only that need not have more than its last P rows, [sA 0]."""
     if group.kinds == "p":
         return group.base[0]
+    if adapters_only:
+        rest = [part[:0] for part in group.b]
+        extended = new_extended(group.a, rest, dtype)
+        write_adapters(extended, group.a, rest, group.scale, eager=not extended.is_cuda)
+        return extended
     extended = new_extended(group.a, group.b, dtype)
     parts, row, width = iter(group.base), 0, group.a[0].shape[1]
     for kind, part_b in zip(group.kinds, group.b, strict=True):

@@ -47,6 +47,7 @@ class _LoraNormLinear(torch.autograd.Function):
         wide = dy @ extended[:out_width]  # (T, D + P): dy W and dy B in one product
         dx, dyb = wide[:, :width], wide[:, width:].clone()
         dx.addmm_(dyb, extended[out_width:, :width])
+        del extended  # the largest of all
         x = torch.empty_like(h)
         dh = dh.contiguous() if ctx.added else None  # without a delta h' is h, whose other uses are the caller's
         total = rms_norm_backward(dx, h, rstd, norm, dh, x, eager="rms_norm" in ctx.eager)

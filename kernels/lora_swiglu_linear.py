@@ -51,11 +51,14 @@ class _LoraSwigluLinear(torch.autograd.Function):
         (gate_up, *kept), group, dy = ctx.saved_tensors, ctx.group, dy.contiguous()
         extended, pad = extended_weight(group, dy.dtype, "nf4" in ctx.eager), padded_rank(group.b)
         dx, dyb = input_gradient(dy, extended, pad)
+        del extended  # before d_gate_up, as large as it, is made
         # x takes the place of dx, element by element, as that is read
         how = {"inplace": not kept, "activation": ctx.activation, "eager": "swiglu" in ctx.eager}
         d_gate_up = swiglu_backward(dx, gate_up, dx, **how)
-        xa = kept[0] if kept else dx @ extended[extended.shape[0] - pad :, : dx.shape[1]].T
-        return d_gate_up, *[None] * 5, *adapter_gradients(dyb, dx, dy, xa, group)
+        if not kept:
+            below = extended_weight(group, dy.dtype, "nf4" in ctx.eager, adapters_only=True)
+            kept = [dx @ below[below.shape[0] - pad :, : dx.shape[1]].T]
+        return d_gate_up, *[None] * 5, *adapter_gradients(dyb, dx, dy, kept[0], group)
 
 
 def lora_swiglu_linear(

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchft.modules import nf4
+from torchft.modules.host_embedding import host_tables
+from torchft.modules.int8_head import is_int8
 from torchft.modules.transformer import CausalLM
 
 
@@ -25,8 +27,9 @@ class ShardReport:
     num_parts: int  # processes over which a weight is divided
     num_copies: int  # of the whole model, on groups of that many processes
     num_divided: int  # parameters (tensors)
-    kept_whole: tuple[str, ...]  # names of frozen ones that every process holds
-    base_whole: bool  # that is so on purpose, for all of the base
+    kept_whole: tuple[str, ...]  # names of frozen ones that every process holds, because they cannot be divided
+    base_whole: bool  # every process holds all of the base, on purpose
+    ends_whole: tuple[str, ...] = ()  # and embed_tokens in CPU memory, lm_head in 8 bits
 
     def __str__(self) -> str:
         processes = self.num_parts * self.num_copies
@@ -41,7 +44,7 @@ class ShardReport:
                 f"; {len(self.kept_whole)} NF4 tensors whole on each (first: {self.kept_whole[0]}, which cannot be cut into "
                 f"equal parts of a multiple of {nf4.DIVISOR:,} weights)"
             )
-        return line
+        return line + (f"; whole on each: {', '.join(self.ends_whole)}" if self.ends_whole else "")
 
 
 def shard_model(
@@ -60,8 +63,10 @@ def shard_model(
 
     parts = mesh.size(mesh.ndim - 1)
     frozen = {name: param for name, param in model.named_parameters() if not param.requires_grad}
+    on_host = {id(table) for table in host_tables(model)}
+    ends = {name: p for name, p in frozen.items() if id(p) in on_host or is_int8(p)}
     kept = frozen if base_whole else {name: p for name, p in frozen.items() if _cannot_divide(p, parts)}
-    options = {"mesh": mesh, "ignored_params": set(kept.values()), "reshard_after_forward": not base_whole}
+    options = {"mesh": mesh, "ignored_params": {*kept.values(), *ends.values()}, "reshard_after_forward": not base_whole}
     if compute_dtype is not None:
         # RoPE's tables, which come as inputs, must stay in fp32: see modules/rope.py
         mixed = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
@@ -71,7 +76,7 @@ def shard_model(
         fully_shard(block, **options)
     fully_shard(model, **options)
     divided = sum(isinstance(param, DTensor) for param in model.parameters())
-    return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), base_whole)
+    return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), base_whole, tuple(ends))
 
 
 def _cannot_divide(param: Tensor, parts: int) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchft.modules.attention import LayerCache, build_mask
 from torchft.modules.block import BLOCKS
 from torchft.modules.checkpointing import Checkpointing
+from torchft.modules.int8_head import Int8Head
 from torchft.modules.loss import linear_cross_entropy, linear_logprobs, soft_cap
 from torchft.modules.moe import MoeConfig
 from torchft.modules.norm import build_norm
@@ -185,13 +186,18 @@ class CausalLM(nn.Module):
         if self.config.logits_scaling != 1.0:
             h = h / self.config.logits_scaling  # as if the logits were divided, which nobody holds
         if per_token:
-            logprobs = self.head_logprobs(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            logprobs = self.head_logprobs(h.flatten(0, 1), self.lm_head.weight, labels.flatten(), scale=self.head_scale)
             return logprobs.view(labels.shape).clone()  # FSDP2 hooks what leaves here, and warns of views
         if labels is not None:
-            return self.head_loss(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            return self.head_loss(h.flatten(0, 1), self.lm_head.weight, labels.flatten(), scale=self.head_scale)
         logits = self.lm_head(h[:, -1:] if last_only else h)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else soft_cap(logits, cap).to(logits.dtype)
+
+    @property
+    def head_scale(self) -> Tensor | None:
+        """Of the head's rows, (V,), where they are in 8 bits."""
+        return self.lm_head.weight_scale if isinstance(self.lm_head, Int8Head) else None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

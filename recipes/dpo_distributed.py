@@ -1,14 +1,18 @@
-"""Preference tuning (DPO and its relatives) with LoRA or QLoRA on 1 to N GPUs, from pairs of answers to a verified adapter.
+"""Preference tuning (DPO and its relatives) with LoRA, QLoRA or all weights on 1 to N GPUs, from pairs of answers to a model.
 
     tune run dpo_distributed --config tiny/dpo                                  # the embedded demo, about a minute on a CPU
     tune run --nproc_per_node 8 dpo_distributed --config llama3_1/8B_dpo data.train=pairs.jsonl dpo.loss=ipo
+    tune run --nproc_per_node 8 dpo_distributed --config llama3_1/8B_full_dpo data.train=pairs.jsonl     # all weights
     tune cp dpo_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/dpo
 
-It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py); `diff` the two. The reference
-is the base model, that is, the same model with its adapters off. A row holds many pairs, the prompt of each once, and its
-two answers behind it do not see each other. Every process runs all of this; what is printed and written comes from the
-first. The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it,
-so a copy is yours to edit. Measured results: docs/RECORDS.md. Left out: full fine-tuning.
+It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py), or with lora.rank=0
+full_finetune_distributed; `diff` them. The reference is the model at the start: with an adapter the same model with its
+adapters off. Where all weights are trained its log-probabilities are computed once, before the first step, and kept in the
+run's directory (dpo.reference=precomputed, the default: it takes no memory, and as long as a copy takes in one epoch), or by a
+frozen copy beside the model (copy). A row holds many pairs, the prompt of each once, and its two answers behind it do not see
+each other. Every process runs all of this; what is printed and written comes from the first. The whole run is in `main`,
+from top to bottom: model, optimizer, data, reference, resume, loop, export. Nothing else drives it, so a copy is yours to
+edit. Measured results: docs/RECORDS.md. Left out: adding tokens to the vocabulary where all weights are trained.
 """
 
 import math
@@ -21,7 +25,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
-from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from torchft.checkpoint import StopSignal, find_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, PreferenceOptions, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import build_datasets
@@ -41,21 +45,24 @@ from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
 from torchft.generate import Answer, answer_examples, exact_match, first_conversations
 from torchft.hf_checkpoint import fingerprint
+from torchft.in_backward import StepInBackward
 from torchft.launch import tune_command
 from torchft.losses import REFERENCE_FREE, figures, kl_estimate, preference_loss, sum_by_answer
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.fp8 import quantize_fp8
 from torchft.modules.lora import adapters_off, trainable_parameters
-from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import freeze_old_rows
-from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
+from torchft.optim import build_optimizer, lr_at, norm_and_check, set_lr, step_optimizer
 from torchft.parse import parse
+from torchft.parts import PartsWriter, load_parts
 from torchft.profiling import ProfileWindow
 from torchft.ranks import rank, world_size
+from torchft.reference import StoredReference, label_logprobs, prepare_reference
 from torchft.run_dir import best_checkpoint
+from torchft.save_model import save_model
+from torchft.storage import store_frozen
 from torchft.throughput import flops_per_token
 from torchft.weights import load_weights, random_weights
 
@@ -72,23 +79,22 @@ class Config:
     dpo: PreferenceOptions = field(default_factory=PreferenceOptions)
 
 
-def label_logprobs(model: CausalLM, batch: Batch) -> torch.Tensor:
-    """The log-probability of each label in its branch, (B, T) fp32 in nats; 0 where nothing is supervised."""
-    where = {"positions": batch.positions, "documents": batch.documents, "branches": batch.branches}
-    return model(batch.input_ids, **where, labels=batch.labels, per_token=True)
+def batch_loss(
+    model: CausalLM, frozen: CausalLM | None, batch: Batch, options: PreferenceOptions
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The losses of the batch's pairs, summed, and what else is logged, summed likewise; without dropout on either side.
 
-
-def batch_loss(model: CausalLM, batch: Batch, options: PreferenceOptions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The losses of the batch's pairs, summed, and what else is logged, summed likewise; without dropout on either side."""
+    frozen: the model whose base is the reference; None where the batch brings it along, or the loss needs none.
+    """
 
     def by_answer(values: torch.Tensor) -> torch.Tensor:  # (B, T) -> (P, 2)
         return sum_by_answer(values, batch.sequences, batch.num_sequences).view(-1, 2)
 
-    reference, logps_ref = None, None
-    if options.loss not in REFERENCE_FREE:
-        with torch.no_grad(), adapters_off(model):
-            reference = label_logprobs(model, batch)
-        logps_ref = by_answer(reference)
+    reference = batch.reference
+    if frozen is not None:
+        with torch.no_grad(), adapters_off(frozen):
+            reference = label_logprobs(frozen, batch)
+    logps_ref = None if reference is None else by_answer(reference)
     policy = label_logprobs(model, batch)
     logps, lengths = by_answer(policy), by_answer((batch.labels >= 0).float())
     logged = figures(logps, logps_ref, lengths, options)
@@ -98,12 +104,14 @@ def batch_loss(model: CausalLM, batch: Batch, options: PreferenceOptions) -> tup
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, batches: Iterable[Batch], device: torch.device, options: PreferenceOptions) -> dict[str, float]:
+def evaluate(
+    model: CausalLM, frozen: CausalLM | None, batches: Iterable[Batch], device: torch.device, options: PreferenceOptions
+) -> dict[str, float]:
     """Means over all pairs of the loss and what is logged with it; they do not depend on how the batches are cut."""
     totals: dict[str, torch.Tensor] = {}
     with eval_mode(model):
         for batch in batches:
-            loss, logged = batch_loss(model, batch.to(device), options)
+            loss, logged = batch_loss(model, frozen, batch.to(device), options)
             counted = {"pairs": loss.new_tensor(batch.num_sequences // 2), "loss": loss} | logged
             totals = {name: totals.get(name, 0.0) + value.double() for name, value in counted.items()}
     pairs, *sums = sum_over_processes(torch.stack(list(totals.values()))).tolist()
@@ -118,7 +126,7 @@ def show(answers: list[Answer], log: RunLogger) -> None:
 
 
 def main(cfg: Config) -> None:
-    """Train one adapter; all files go to cfg.run.out. Raises UserError for what a user can get wrong."""
+    """Train one adapter, or all weights; all files go to cfg.run.out. Raises UserError for what a user can get wrong."""
     join_processes(cfg.model, cfg.optim, cfg.run)
     run, out = cfg.run, Path(cfg.run.out)
     device = setup_device(run.seed, run.deterministic)
@@ -132,27 +140,29 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(tokenizer_folder(path, cfg.lora.adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
     new_ids = tokenizer.added_ids  # a range, empty without lora.new_tokens
+    full = cfg.lora.rank == 0  # all weights are trained, without an adapter
     with torch.device("meta"):
         model = build_model(read_config(path))
-    spec, report, new_rows = add_adapter(model, cfg.lora, new_ids)
-    log.print(str(report))
-    if cfg.model.quantize == "nf4":
-        log.print(str(quantize_nf4(model)))
-    elif cfg.model.quantize == "fp8":
-        log.print(str(quantize_fp8(model)))
+    if not full:
+        spec, report, new_rows = add_adapter(model, cfg.lora, new_ids)
+        log.print(str(report))
+    for line in store_frozen(model, cfg.model.quantize, cfg.model.offload):
+        log.print(line)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)
-    log.print(str(divide(model, cfg.model, device)))
-    dtype = getattr(torch, cfg.model.dtype)  # of the base; what is trained is kept in fp32
+    dtype = getattr(torch, cfg.model.dtype)  # to compute and export in, and of a base below an adapter
+    kept = dtype if not full or cfg.optim.name == "adamw_bf16" else torch.float32  # of the weights; an adapter's are in fp32
+    log.print(str(divide(model, cfg.model, device, *((kept, dtype) if full else ()))))
     if cfg.model.weights == "random":
         log.print("WARNING: model.weights=random is for measuring; nothing will be exported")
-        random_weights(model, seed=run.seed, device=device, dtype=dtype)
+        random_weights(model, seed=run.seed, device=device, dtype=kept)
     else:
-        log.print(str(load_weights(model, path, device=device, dtype=dtype, new_rows=new_rows)))
+        log.print(str(load_weights(model, path, device=device, dtype=kept, new_rows=0 if full else new_rows)))
     init_adapter(model, cfg.lora, new_ids, generator)
     params = trainable_parameters(model)
-    optimizer = build_optimizer(params, cfg.optim)
+    optimizer = build_optimizer(params, cfg.optim, run.seed)
+    updates = StepInBackward(params, optimizer) if cfg.optim.in_backward else None
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     with node_leader_first():
@@ -164,23 +174,28 @@ def main(cfg: Config) -> None:
     rows_at_once = max(1, 16_384 // (cfg.data.max_seq_len + run.max_new_tokens))  # bounds the KV cache
     answering = {"batch_size": rows_at_once, "max_new_tokens": run.max_new_tokens}
     samples, scored = (first_conversations(valid, template, n) for n in (run.sample_rows, run.exact_match_rows))
+    cells = {"data_cfg": cfg.data, "micro_batch_size": run.micro_batch_size, "rank": rank(), "world_size": world_size()}
 
     # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
     state, fingerprints = {}, {"data": train.fingerprint, "valid": valid.fingerprint if valid else None}
     fingerprints["model"] = None if cfg.model.weights == "random" else fingerprint(path)
     check_agreement(fingerprints)
+    frozen = None if cfg.dpo.loss in REFERENCE_FREE else model  # of the reference: with its adapters off
+    if full and frozen is not None:  # while its weights are those of the start: a copy; or None, and batches bring it along
+        facts = fingerprints | {"model": fingerprints["model"] or f"random: {path} {run.seed}", "dtype": cfg.model.dtype}
+        stored = StoredReference(out, loader, valid, cells, facts)
+        frozen = prepare_reference(cfg.dpo, cfg.model, model, stored, device, run.seed, log.print)
     if checkpoint:
-        state = load_checkpoint(checkpoint, params=params, optimizer=optimizer, unchanged=fingerprints)
+        state = load_parts(checkpoint, params=params, optimizer=optimizer, unchanged=fingerprints)
     first_step = state.get("step", 0) + 1
     length = {"total_steps": loader.total_steps, "steps_per_epoch": loader.steps_per_epoch(0), "start_step": first_step - 1}
-    forwards = 1.0 if cfg.dpo.loss in REFERENCE_FREE else 1.5  # the reference's is half of what a LoRA step costs
+    forwards = 1.0 if frozen is None else 4 / 3 if full else 1.5  # the reference's is half of what a LoRA step costs
     log.begin(**length, state=state.get("log"), flops_per_token=forwards * flops_per_token(model, cfg.data.max_seq_len))
     best_loss = best_checkpoint(out, log.print)[0] if checkpoint else math.inf  # log.begin has moved what a later step left aside
     profiler = ProfileWindow(run, device, log.print)
-    cells = {"data_cfg": cfg.data, "micro_batch_size": run.micro_batch_size, "rank": rank(), "world_size": world_size()}
     if valid and first_step == 1:
         with log.paused():
-            log.validation(0, **evaluate(model, eval_batches(valid, **cells), device, cfg.dpo))
+            log.validation(0, **evaluate(model, frozen, eval_batches(valid, **cells), device, cfg.dpo))
     if scored and first_step == 1:
         with log.paused():
             accuracy, answers = exact_match(model, tokenizer, template, scored, **answering)
@@ -188,6 +203,7 @@ def main(cfg: Config) -> None:
         show(answers[: run.sample_rows], log)
 
     # ---- Loop. A step's loss is the sum over its pairs divided by their number, however it is cut into batches.
+    writer = PartsWriter(out)  # in the background of the following steps
     stop = StopSignal()  # from here on there is something to save
     for step in range(first_step, loader.total_steps + 1):
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
@@ -195,25 +211,32 @@ def main(cfg: Config) -> None:
         set_lr(optimizer, lr)
         pairs, totals = len(loader.step_samples(step - 1)), 0.0
         for batch in batches:
-            model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
-            micro_loss, logged = batch_loss(model, batch.to(device), cfg.dpo)
-            (micro_loss * world_size() / pairs).backward()  # FSDP2 takes the mean over processes; the sum is meant
+            if not full:  # whose gradients are small: accumulate here first
+                model.set_requires_gradient_sync(batch is batches[-1])
+            micro_loss, logged = batch_loss(model, frozen, batch.to(device), cfg.dpo)
+            mean = micro_loss * world_size() / pairs  # FSDP2 takes the mean over processes; the sum is meant
+            if updates:  # optim.in_backward: each weight's step and zero_grad happen in here
+                grad_norm, found_inf = updates.backward(mean)
+            else:
+                mean.backward()
             totals += torch.stack([micro_loss.detach(), *logged.values()])
         loss, *sums = sum_over_processes(totals)
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)
-        grad_norm, found_inf = clip_and_check(params, cfg.optim.max_grad_norm, loss)
-        step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
-        optimizer.zero_grad()
+        if not updates:
+            grad_norm, found_inf, clip = norm_and_check(params, cfg.optim.max_grad_norm, loss)
+            step_optimizer(optimizer, found_inf, clip)  # a step that is not finite is skipped, and the log stops the run
+            optimizer.zero_grad()
         log.figures(pairs, dict(zip(logged, sums, strict=True)))
         activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 
+        writer.check()  # a save that failed ends the run
         last, valid_loss = step == loader.total_steps, None
         if valid and (last or (run.eval_every and step % run.eval_every == 0)):
             with log.paused():
-                found = evaluate(model, eval_batches(valid, **cells), device, cfg.dpo)
+                found = evaluate(model, frozen, eval_batches(valid, **cells), device, cfg.dpo)
                 valid_loss = found["valid_loss"]
                 log.validation(step, **found)
                 show(answer_examples(model, tokenizer, template, samples, **answering), log)
@@ -223,23 +246,29 @@ def main(cfg: Config) -> None:
             with log.paused():
                 state = fingerprints | {"log": log.state()}
                 kept = {"keep_last": run.keep_last, "valid_loss": valid_loss if run.keep_best else None}
-                save_checkpoint(out, step, params=params, optimizer=optimizer, state=state, config=asdict(cfg), **kept)
+                writer.save(step, params=params, optimizer=optimizer, state=state, config=asdict(cfg), **kept)
             best_loss = valid_loss if improved else best_loss
         if stopping and not last:
+            writer.wait()
             log.print(f"stopped after step {step}; go on with run.resume=auto")
             leave_processes()
             sys.exit(stopping)
+    writer.wait()
     stop.close()  # the last checkpoint stands: from here on a signal ends the run at once
     profiler.close()
 
-    # ---- Result: the adapter as a PEFT directory, read back and compared before it is called done.
+    # ---- Result: the adapter as a PEFT directory, or a Hugging Face model directory, read back and compared before it is done.
     if run.keep_best and (best := best_checkpoint(out, log.print)[1]):
-        load_checkpoint(best, params=params, optimizer=optimizer, unchanged={})
+        load_parts(best, params=params, optimizer=optimizer, unchanged={})
         log.print(f"exporting {best}, the lowest validation loss")
     if scored:
         accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
         log.validation(loader.total_steps, exact_match=accuracy)
-    if cfg.model.weights != "random":
+    if full and cfg.model.weights != "random":
+        saved = save_model(model, path, out / "model", dtype=dtype, tokenizer=tokenizer, template=template)
+        log.print(f"saved and verified: {saved}")
+        log.print(f"try it: {tune_command()} generate {out / 'model'}")
+    elif cfg.model.weights != "random":
         text = {"tokenizer": tokenizer, "template": template}  # saved where they are not the base model's own
         save_adapter(model, spec, out / "adapter", base_path=str(path), **text, replace_existing=True)
         log.print(f"saved and verified: {verify_adapter(model, spec, out / 'adapter')}")

@@ -4,7 +4,7 @@
     tune run --nproc_per_node 8 kto_distributed --config llama3_1/8B_kto data.train=verdicts.jsonl
     tune cp kto_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/kto
 
-It is dpo_distributed for data without pairs (torchft/losses.py: kto); `diff` the two. An answer's reward is compared with a
+It is lora_distributed with verdicts as data and their loss (torchft/losses.py: kto); `diff` the two. An answer's reward is compared with a
 baseline, the divergence from the reference, which each step estimates from its prompts with each other's answers before it
 takes a gradient. Every process runs all of this; what is printed and written comes from the first. The whole run is in
 `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy is yours to
@@ -48,9 +48,7 @@ from torchft.losses import kto, sum_by_answer, verdict_means, verdict_sums
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.fp8 import quantize_fp8
 from torchft.modules.lora import adapters_off, trainable_parameters
-from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import freeze_old_rows
 from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
@@ -58,6 +56,7 @@ from torchft.parse import parse
 from torchft.profiling import ProfileWindow
 from torchft.ranks import rank, world_size
 from torchft.run_dir import best_checkpoint
+from torchft.storage import store_frozen
 from torchft.throughput import flops_per_token
 from torchft.weights import load_weights, random_weights
 
@@ -148,10 +147,8 @@ def main(cfg: Config) -> None:
         model = build_model(read_config(path))
     spec, report, new_rows = add_adapter(model, cfg.lora, new_ids)
     log.print(str(report))
-    if cfg.model.quantize == "nf4":
-        log.print(str(quantize_nf4(model)))
-    elif cfg.model.quantize == "fp8":
-        log.print(str(quantize_fp8(model)))
+    for line in store_frozen(model, cfg.model.quantize, cfg.model.offload):
+        log.print(line)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)

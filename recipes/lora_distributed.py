@@ -45,9 +45,7 @@ from torchft.launch import tune_command
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.fp8 import quantize_fp8
 from torchft.modules.lora import trainable_parameters
-from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import freeze_old_rows
 from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
@@ -55,6 +53,7 @@ from torchft.parse import parse
 from torchft.profiling import ProfileWindow
 from torchft.ranks import rank, world_size
 from torchft.run_dir import best_checkpoint
+from torchft.storage import store_frozen
 from torchft.throughput import flops_per_token
 from torchft.weights import load_weights, random_weights
 
@@ -113,10 +112,8 @@ def main(cfg: Config) -> None:
         model = build_model(read_config(path))
     spec, report, new_rows = add_adapter(model, cfg.lora, new_ids)
     log.print(str(report))
-    if cfg.model.quantize == "nf4":
-        log.print(str(quantize_nf4(model)))
-    elif cfg.model.quantize == "fp8":
-        log.print(str(quantize_fp8(model)))
+    for line in store_frozen(model, cfg.model.quantize, cfg.model.offload):
+        log.print(line)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)

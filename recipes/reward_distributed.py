@@ -4,7 +4,7 @@
     tune run --nproc_per_node 8 reward_distributed --config llama3_1/8B_reward data.train=pairs.jsonl
     tune cp reward_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/reward
 
-It is dpo_distributed with a score on the last token of each answer in place of its log-probability, and without a reference;
+It is lora_distributed with pairs of answers as data and a score on the last token of each in place of log-probabilities;
 `diff` the two. What it writes is a Hugging Face `...ForSequenceClassification` with one label, the adapter merged in.
 Every process runs all of this; what is printed and written comes from the first.
 The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy
@@ -44,9 +44,7 @@ from torchft.losses import bradley_terry
 from torchft.metrics import RunLogger
 from torchft.models import build_reward_model, read_config
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.fp8 import quantize_fp8
 from torchft.modules.lora import trainable_parameters
-from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.score import RewardModel, init_score, last_tokens
 from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_optimizer
 from torchft.parse import parse
@@ -54,6 +52,7 @@ from torchft.profiling import ProfileWindow
 from torchft.ranks import rank, world_size
 from torchft.reward_export import export_reward_model
 from torchft.run_dir import best_checkpoint
+from torchft.storage import store_frozen
 from torchft.throughput import flops_per_token
 from torchft.weights import load_weights, random_weights
 
@@ -114,10 +113,8 @@ def main(cfg: Config) -> None:
     spec, report, new_rows = add_adapter(model, cfg.lora, new_ids)
     model.score.requires_grad_(True)
     log.print(str(report))
-    if cfg.model.quantize == "nf4":
-        log.print(str(quantize_nf4(model)))
-    elif cfg.model.quantize == "fp8":
-        log.print(str(quantize_fp8(model)))
+    for line in store_frozen(model, cfg.model.quantize, cfg.model.offload):
+        log.print(line)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)
@@ -206,7 +203,7 @@ def main(cfg: Config) -> None:
     if cfg.model.weights != "random":
         text = {"tokenizer": tokenizer, "template": template}  # saved where they are not the base model's own
         save_adapter(model, spec, out / "adapter", base_path=str(path), **text, replace_existing=True)
-        nf4_base = cfg.model.quantize == "nf4"  # merged into what it was trained on
+        nf4_base = cfg.model.quantize.startswith("nf4")  # merged into what it was trained on
         log.print(export_reward_model(model, path, out / "adapter", out / "reward_model", **text, nf4_base=nf4_base))
     log.close()
     leave_processes()

@@ -5,6 +5,11 @@
     python scripts/bench_recipe.py --case dpo_1b_bf16_1024x4_noac --baseline trl_dpo
     python scripts/bench_recipe.py --case full_8b_bf16_2048x4_ac --gpus 2
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
+    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option optim.name=adamw_8bit
+    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option data.max_seq_len=65536 --timeout 900
+
+The cases that end in _min take the least memory. The longest context that fits into so much: raise data.max_seq_len while the
+record's peak_alloc_gib allows.
 
 Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
@@ -17,6 +22,7 @@ any claim about quality.
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import statistics
@@ -59,27 +65,37 @@ LLAMA_3_1_8B = {
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
-SIZES = {"1b": "Llama-3.2-1B", "8b": "", "70b": "Llama-3.1-70B"}  # rows of torchft.models.llama.SIZES
+SIZES = {  # -> family, row of its SIZES
+    "1b": ("llama", "Llama-3.2-1B"),
+    "70b": ("llama", "Llama-3.1-70B"),
+    "gemma4b": ("gemma3", "Gemma-3-4B"),
+    "qwen30ba3b": ("qwen3_moe", "Qwen3-30B-A3B"),
+}
 CASES = [
     f"{method}_8b_{dtype}_{shape}_{ac}"
     for method, dtype in (("lora", "bf16"), ("lora", "fp8"), ("qlora", "nf4"))
     for shape in ("2048x4", "8192x1", "2048x1")
     for ac in ("noac", "ac")
 ]
-CASES += ["qlora_70b_nf4_8192x1_ac"]
+CASES += ["qlora_8b_nf4_2048x1_min", "qlora_70b_nf4_8192x1_ac"]
+SMALLEST = {"model.quantize": "nf4_int8_head", "model.offload": "[activations,embeddings]"}
+SMALLEST |= {"model.activation_checkpointing": "full"}
 CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac", "full_8b_bf16_2048x4_ac"]
+CASES += ["lora_gemma4b_bf16_2048x4_noac", "lora_qwen30ba3b_bf16_2048x4_ac", "qlora_qwen30ba3b_nf4_2048x4_ac"]
 CASES += bench_dpo.CASES
 
 
 def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
-    """Split a case's name, method_model_dtype_<seq>x<batch>_<ac|noac>, into a config.json and recipe overrides."""
+    """Split a case's name, method_model_dtype_<seq>x<batch>_<ac|noac|min>, into a config.json and recipe overrides."""
     method, model, dtype, shape, ac = case.split("_")
     seq, batch = (int(part) for part in shape.split("x"))
     # the weights of the one GPU's bf16 case are kept in bf16 too; on several GPUs, and by default, in fp32
     optimizer = {"optim.name": "adamw_bf16" if case.startswith("full_1b_bf16") else "adamw"} if method == "full" else {}
-    return model_config(model), optimizer | {
+    stored = {
         "model.quantize": "none" if dtype in ("bf16", "fp32master") else dtype,
         "model.activation_checkpointing": "full" if ac == "ac" else "none",
+    }
+    return model_config(model), optimizer | (SMALLEST if ac == "min" else stored) | {
         "data.max_seq_len": seq,
         "run.global_batch_size": batch,
         "run.micro_batch_size": batch,
@@ -87,12 +103,13 @@ def case_overrides(case: str) -> tuple[dict, dict[str, object]]:
 
 
 def model_config(size: str) -> dict:
-    """config.json of a Llama of that size."""
+    """config.json of a model of that size."""
     if size == "8b":
         return LLAMA_3_1_8B
-    from torchft.models.llama import SIZES as SHAPES
-
-    return SHAPES[SIZES[size]] | {"hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16"}
+    family, row = SIZES[size]
+    shape = importlib.import_module(f"torchft.models.{family}").SIZES[row]
+    activation = {} if family == "gemma3" else {"hidden_act": "silu"}  # Gemma's is gelu_pytorch_tanh, and goes by another name
+    return shape | activation | {"initializer_range": 0.02, "torch_dtype": "bfloat16"}
 
 
 def write_inputs(folder: Path, config: dict, num_tokens: int) -> None:
@@ -133,11 +150,12 @@ def measure(command: list[str], case: str, timeout_s: int, gpus: int, options: l
     """Run a recipe on a case's shapes, the batch times the GPUs."""
     config, overrides = case_overrides(case)
     overrides["run.global_batch_size"] *= gpus
+    overrides |= dict(option.split("=", 1) for option in options)  # which may be the case's own
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         steps = WARMUP_STEPS + MEASURED_STEPS
-        rows = overrides["run.global_batch_size"] * steps
-        write_inputs(folder, config, 8 * rows * overrides["data.max_seq_len"])  # its one short row is seldom drawn
+        rows = int(overrides["run.global_batch_size"]) * steps
+        write_inputs(folder, config, 8 * rows * int(overrides["data.max_seq_len"]))  # its one short row is seldom drawn
         fixed = {
             "model.path": folder / "model",
             "model.weights": "random",
@@ -147,7 +165,7 @@ def measure(command: list[str], case: str, timeout_s: int, gpus: int, options: l
             "run.sample_rows": 0,
         }
         fixed |= {} if case.startswith("full_") else {"lora.rank": 16}
-        args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()] + options
+        args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
         subprocess.run([sys.executable, *command, *args], check=True, timeout=timeout_s, cwd=REPO, env=environment)
         records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
@@ -176,6 +194,7 @@ def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str]
     config, overrides = case_overrides(case)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
+        overrides.pop("model.offload", None)
         overrides.pop("optim.name", None)  # transformers keeps the weights and states in the dtype they were loaded in
         args = [f"--{key.split('.')[1]}={value}" for key, value in overrides.items()]
         args += ["--full"] if case.startswith("full_") else []

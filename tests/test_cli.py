@@ -122,6 +122,7 @@ def test_cp_and_cat_of_a_name_that_is_neither_recipe_nor_config(capsys, tmp_path
         ("qwen3/0.6B_lora", "qwen3/0.6B_lora"),
         ("mistral/7B_lora_single_device", "mistral/7B_lora"),
         ("llama3_1/8B_lora_dpo_single_device", "llama3_1/8B_dpo"),
+        ("llama3_1/8B_full_dpo_distributed", "llama3_1/8B_full_dpo"),
     ],
 )
 def test_torchtunes_config_names(old, ours):
@@ -135,13 +136,10 @@ def test_torchtunes_recipe_names():
         ("full_finetune_single_device", "full_finetune_distributed"),
         ("lora_dpo_single_device", "dpo_distributed"),
         ("lora_dpo_distributed", "dpo_distributed"),
-        ("full_dpo_distributed", "dpo_distributed with all weights trained"),
     ):
-        if target in recipe_names():
-            assert find_recipe(name) == RECIPES / f"{target}.py"
-        else:
-            with pytest.raises(ValueError, match=f"torchtune's name for {target}, .*recipes: .*lora_single_device"):
-                find_recipe(name)
+        assert find_recipe(name) == RECIPES / f"{target}.py"
+    with pytest.raises(ValueError, match=r"^full_dpo_distributed is torchtune's name for dpo_distributed with lora.rank=0"):
+        find_recipe("full_dpo_distributed")
 
 
 def test_unknown_names_get_the_nearest(tmp_path, monkeypatch):

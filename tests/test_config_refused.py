@@ -67,7 +67,7 @@ def test_no_data_and_no_model_are_named_without_a_place(tmp_path):
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_is_accepted_and_nothing_else(key, tmp_path):
     for choice in CHOICES[key]:
-        given = [*NEEDED, f"{key}={choice}"]
+        given = [*NEEDED, f"{key}={choice}", *(["lora.rank=0"] if key == "dpo.reference" else [])]
         found = read_config(WithoutAdapter, None, given, paths=False) if choice == "adamw_bf16" else read("", tmp_path, *given)
         assert flatten(found)[key] == choice
     assert refused("", tmp_path, *NEEDED, f"{key}=other").startswith(f"command line: {key} is 'other'; the choices are")
@@ -76,7 +76,7 @@ def test_every_choice_is_accepted_and_nothing_else(key, tmp_path):
 @pytest.mark.parametrize("key", RANGES)
 def test_the_ends_of_a_range_are_accepted_and_nothing_beyond(key, tmp_path):
     extra = ["data.valid=v.jsonl"] if key in ("run.exact_match_rows", "run.eval_every") else []
-    extra += ["dpo.loss=simpo"] if key == "dpo.gamma" else []
+    extra += {"dpo.gamma": ["dpo.loss=simpo"], "lora.rank": ["dpo.beta=0.2"]}.get(key, [])
     for value in RANGES[key]:
         assert flatten(read("", tmp_path, *NEEDED, *extra, f"{key}={value}"))[key] == value
     low, high = RANGES[key]

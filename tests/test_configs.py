@@ -54,7 +54,9 @@ PREFERENCES = {  # method -> the configs that have it
     "kto": "llama3_1/8B qwen3/0.6B tiny/",
     "reward": "llama3_1/8B qwen3/0.6B tiny/",
 }
+WHOLE_OF_PREFERENCES = [f"{size}_full_dpo" for size in ("llama3_1/8B", "llama3_2/1B", "qwen3/0.6B", "qwen3/4B")]
 OF_PREFERENCES = {f"{name}_{method}".replace("/_", "/") for method, names in PREFERENCES.items() for name in names.split()}
+OF_PREFERENCES |= {*WHOLE_OF_PREFERENCES, "tiny/full_dpo"}
 
 
 def options(name: str) -> Config:
@@ -129,18 +131,22 @@ def test_the_model_of_a_config_builds_on_meta_with_adapters(size):
     assert said_gib(f"{size}_qlora") == pytest.approx((dense - saved * row["num_hidden_layers"]) / GIB, abs=0.051)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WHOLE + WHOLE_OF_PREFERENCES)
 def test_a_config_for_all_weights_says_what_they_take(name):
     family, _, rest = name.partition("/")
-    row, cfg = SIZES[ROWS[family][rest.removesuffix("_full")]], options(name)
+    row, cfg = SIZES[ROWS[family][rest.partition("_full")[0]]], options(name)
     with torch.device("meta"):
         weights = sum(param.numel() for param in build_model(row).parameters())
     stated = re.search(r"gradients and moments: ([\d,.]+) GiB", header(name)[0])[1]
     assert float(stated.replace(",", "")) == pytest.approx(weights * sum(TRAINED_BYTES["adamw"]) / GIB, abs=0.051)
     assert cfg.data.max_seq_len <= row["max_position_embeddings"]
+    assert name in WHOLE or (cfg.lora.rank, cfg.model) == (0, options(name.removesuffix("_dpo")).model)
 
 
-@pytest.mark.parametrize("name", sorted(OF_PREFERENCES - {f"tiny/{method}" for method in PREFERENCES}))
+WITH_ADAPTERS = OF_PREFERENCES - {*WHOLE_OF_PREFERENCES, *(name for name in OF_PREFERENCES if name.startswith("tiny/"))}
+
+
+@pytest.mark.parametrize("name", sorted(WITH_ADAPTERS))
 def test_a_config_of_preferences_is_that_of_its_size_but_for_the_data(name):
     ours, theirs = options(name), options(f"{name.rpartition('_')[0]}_lora")
     assert ours.model == theirs.model and ours.lora == theirs.lora
@@ -155,7 +161,8 @@ def test_the_tiny_configs_use_what_is_shipped(name):
         assert source.path.startswith("builtin:tiny_dpo/" if name in OF_PREFERENCES else "builtin:tiny_sft/")
     with torch.device("meta"):
         model = build_model(read_config(ASSETS / "tiny_llama"))
-    add_lora(model, LoraSpec(cfg.lora.rank, cfg.lora.alpha))
+    if cfg.lora.rank:
+        add_lora(model, LoraSpec(cfg.lora.rank, cfg.lora.alpha))
     if cfg.model.quantize == "nf4":
         assert not quantize_nf4(model).skipped  # the tiny model's dimensions are chosen for it (D10)
 

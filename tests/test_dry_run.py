@@ -78,6 +78,27 @@ def test_validate_of_a_model_trained_whole(workplace, capsys):
     assert "lora.rank is not an option" in capsys.readouterr().err
 
 
+def test_validate_of_pairs_and_all_weights(workplace, capsys):
+    """No adapter, AdamW's 16 bytes a weight; with a copy for the reference that one's too, in model.dtype."""
+    lines = (ASSETS / "tiny_dpo/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(lines[:FIRST_ROWS]), encoding="utf-8")
+    Path("my_full_dpo.yaml").write_text("model: {path: model}\nlora: {rank: 0}\ndata: {train: pairs.jsonl}\n")
+    with torch.device("meta"):
+        total = sum(param.numel() for param in build_model(read_config("model")).parameters())
+    for more, copied in (([], 0), (["dpo.reference=copy"], 2), (["dpo.reference=copy", "model.dtype=float32"], 4)):
+        cli.main(["validate", "my_full_dpo.yaml", *more])
+        out = capsys.readouterr().out
+        assert "for dpo_distributed\n" in out and "LoRA" not in out
+        what = "the frozen copy" if copied else "frozen weights"
+        assert f"{copied * total / 2**20:.1f} MiB for {what}, {16 * total / 2**20:.1f} MiB for what is trained" in out
+        assert f"model   ok: {total:,} parameters, {total:,} of them trained" in out
+    cli.main(["data", "my_full_dpo.yaml", "--examples", "0"])
+    assert f"{FIRST_ROWS} examples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "my_full_dpo.yaml", "--recipe", "lora_distributed"])
+    assert "lora.rank is 0, which means all weights in dpo_distributed alone" in capsys.readouterr().err
+
+
 def test_validate_of_nf4_counts_fewer_bytes(workplace, capsys):
 
     for quantize in ("none", "nf4"):

@@ -170,7 +170,7 @@ run: resume sample_rows exact_match_rows max_new_tokens deterministic trackers p
 source: path weight split format columns
 """
 OWN = {  # of one recipe each: they do not count to the sixty
-    "dpo_distributed": "dpo: loss beta label_smoothing gamma sft_weight",
+    "dpo_distributed": "dpo: loss beta label_smoothing gamma sft_weight reference",
     "kto_distributed": "kto: beta desirable_weight undesirable_weight",
     "reward_distributed": "reward: center_weight",
 }

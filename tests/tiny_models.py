@@ -122,7 +122,7 @@ def train_a_little(model: CausalLM) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for param in trainable_parameters(model).values():
-            param += 0.05 * torch.randn(param.shape, generator=generator)
+            param += 0.05 * torch.randn(param.shape, generator=generator).to(param.device)
 
 
 def sample_ids(rows: int = 2, tokens: int = 12, vocab_size: int = VOCAB_SIZE, seed: int = 3) -> torch.Tensor:

@@ -8,7 +8,7 @@
 
 The base weights are not in it: they are read from the model directory again. Nothing is pickled. A kill loses at most
 `run.save_every` steps. On several processes the first one writes and reads, tensors are whole in the files, and so a
-run may go on with another number of them. Left out: models trained whole, which are saved in parts (parts.py).
+run may go on with another number of them. Left out: what recipes that train all weights save in parts (parts.py).
 """
 
 import json
@@ -38,7 +38,7 @@ from torchft.run_dir import FORMAT, checkpoint_path, checkpoints, leftovers, pru
 
 # What a continued run may change: how long, how often, where to, how fast. The data, the model and the adapter stay.
 MAY_CHANGE = re.compile(
-    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload|shard|kernels.*)|data\.max_bad_rows"
+    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload|shard|kernels.*)|data\.max_bad_rows|dpo\.reference"
 )
 MUST_STAY = ("optim.name", "run.seed", "run.global_batch_size")
 TENSOR_FILES = ("params", "optimizer", "rng")

@@ -17,23 +17,24 @@ LOCAL_DATA = (".json", ".jsonl", ".csv", ".parquet", ".txt")  # any other data p
 CHOICES = {
     "model.weights": ("pretrained", "random"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.quantize": ("none", "nf4", "fp8"),
+    "model.quantize": ("none", "nf4", "nf4_int8_head", "fp8"),
     "model.compile": ("auto", "on", "off"),
     "data.train_on": ("all", "last"),
     "data.truncation": ("drop", "right"),
     "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "dpo.loss": ("sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "cpo"),
+    "dpo.reference": ("auto", "precomputed", "copy"),
 }
-KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy")  # lora: the folded products of torchft/fuse.py
-OFFLOADED = ("activations",)
+KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding")  # lora: the folded products
+OFFLOADED = ("activations", "embeddings")
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
 
 # Both ends are accepted. The upper ends are far beyond use: they catch a slipped decimal point and unit mix-ups.
 RANGES = {
-    "lora.rank": (1, 65_536),
+    "lora.rank": (0, 65_536),
     "lora.alpha": (1e-6, 1e6),
     "lora.dropout": (0.0, 0.99),
     "data.valid_fraction": (0.0, 0.9),
@@ -189,7 +190,9 @@ def check_pairs(values: dict[str, Any]) -> Problems:
     need_validation = "needs held-out rows; set data.valid or data.valid_fraction, or"
     clashing = sorted(set(values.get("lora.target_modules", [])) & set(values.get("lora.modules_to_save", [])))
     rules = [
-        ("lora.rank" not in values and values.get("model.quantize", "none") != "none", "model.quantize",
+        (not values.get("lora.rank") and values.get("model.quantize", "none") != "none", "model.quantize",
+         "stores weights that are not trained, and here all are; set model.quantize=none, or train an adapter (lora.rank)"
+         if "lora.rank" in values else
          "stores weights that are not trained, and this recipe trains them all; set model.quantize=none, or use a lora recipe"),
         (values.get("data.train") == [], "data.train", "is empty; name a file: data.train=rows.jsonl"),
         (values.get("data.valid") and values.get("data.valid_fraction", 0.0) > 0.0, "data.valid_fraction",
@@ -201,12 +204,13 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         ("activations" in values.get("model.offload", []) and values.get("model.activation_checkpointing") == "none",
          "model.offload",
          "holds activations, which moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
+        *_frozen_ends_rules(values),
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
         *_in_backward_rules(values),
         (values.get("optim.name") == "adamw_bf16" and values.get("model.dtype", "bfloat16") != "bfloat16", "optim.name",
          "is adamw_bf16, which keeps weights in bf16: set model.dtype=bfloat16, or optim.name=adamw"),
-        (values.get("optim.name") == "adamw_bf16" and "lora.rank" in values, "optim.name",
+        (values.get("optim.name") == "adamw_bf16" and bool(values.get("lora.rank")), "optim.name",
          "is adamw_bf16, for models that are trained whole in bf16, and adapters are kept in fp32: use adamw or adamw_8bit"),
         (bool(values.get("lora.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,
          "lora.modules_to_save", "must name both embed_tokens and lm_head beside lora.new_tokens, whose rows are in both; "
@@ -216,9 +220,24 @@ def check_pairs(values: dict[str, Any]) -> Problems:
           for key, default in LORA_DEFAULTS.items()],
         (bool(clashing), "lora.modules_to_save",
          f"and lora.target_modules both name {', '.join(clashing)}; keep one of them"),
+        *_whole_rules(values),
         *_preference_rules(values),
     ]  # fmt: skip
     return [(key, message) for broken, key, message in rules if broken]
+
+
+def _frozen_ends_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """What is kept as only a frozen weight can be, though something trains it."""
+    in_memory = "embeddings" in values.get("model.offload", [])
+    in_8_bits = values.get("model.quantize") == "nf4_int8_head" and values.get("lora.rank")  # without it: refused above
+    rules = []
+    for name, key, value, chosen in (("embed_tokens", "model.offload", "holds embeddings", in_memory),
+                                     ("lm_head", "model.quantize", "is nf4_int8_head", in_8_bits)):  # fmt: skip
+        who = "" if values.get("lora.rank") else "lora.rank=0" if "lora.rank" in values else "this recipe"
+        who = "lora.new_tokens" if values.get("lora.new_tokens") else who
+        who = "lora.modules_to_save" if name in values.get("lora.modules_to_save", []) else who
+        rules.append((bool(chosen and who), key, f"{value}, for a frozen {name}, and {who} trains it; remove one of them"))
+    return rules
 
 
 def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
@@ -233,18 +252,34 @@ def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
                                  "run.global_batch_size"),
         "optim.name": (values.get("optim.name") == "adamw_8bit", "adamw_8bit updates all parameters at once; use adamw or "
                        "adamw_bf16"),
-        "lora.rank": ("lora.rank" in values, "adapters' gradients are small; set optim.in_backward=false"),
+        "lora.rank": (bool(values.get("lora.rank")), "adapters' gradients are small; set optim.in_backward=false"),
     }  # fmt: skip
     return [(broken, "optim.in_backward", f"and {key} cannot go together: {why}") for key, (broken, why) in clashes.items()]
+
+
+def _whole_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """lora.rank=0: all weights are trained, where the recipe can do that, and there is no adapter to describe."""
+    if values.get("lora.rank", 1):
+        return []
+    adapter = {key: default for key, default in LORA_DEFAULTS.items() if key != "lora.rank"}
+    return [
+        ("dpo.loss" not in values, "lora.rank", "is 0, which means all weights in dpo_distributed alone; set it to 1 or more, or "
+         "use that recipe or full_finetune_distributed"),
+        *[(values.get(key, default) != default, key, "has no effect with lora.rank=0, which trains all weights; remove it")
+          for key, default in adapter.items()],
+    ]  # fmt: skip
 
 
 def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     """For recipes that learn from preferences: what a loss does not use, and what leaves it without a reference."""
     loss, kto = values.get("dpo.loss", ""), "kto.beta" in values
+    compared = kto or loss not in ("", "simpo", "orpo", "cpo")
     return [
-        *(_reference_rules(values) if kto or loss not in ("", "simpo", "orpo", "cpo") else []),
-        ((kto or loss not in ("", "simpo", "orpo", "cpo")) and values.get("lora.dropout", 0.0) > 0.0, "lora.dropout",
+        *(_reference_rules(values) if compared and values.get("lora.rank") else []),
+        (compared and values.get("lora.dropout", 0.0) > 0.0 and bool(values.get("lora.rank")), "lora.dropout",
          "must be 0: policy and reference are compared without dropout, so that the loss starts where it should"),
+        (loss in ("simpo", "orpo", "cpo") and values["dpo.reference"] != "auto", "dpo.reference",
+         f"has no effect on dpo.loss={loss}, which needs no reference; remove it"),
         (loss not in ("", "sigmoid", "robust") and values["dpo.label_smoothing"] > 0.0, "dpo.label_smoothing",
          f"has no effect on dpo.loss={loss}; use sigmoid or robust, or remove it"),
         (loss not in ("", "simpo") and values["dpo.gamma"] > 0.0, "dpo.gamma",
@@ -262,6 +297,8 @@ def _reference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     """The base model with its adapters off is the model at the start, unless something else was or will be changed."""
     why = "the reference is the base model with its adapters off"
     return [
+        (values.get("dpo.reference", "auto") != "auto", "dpo.reference",
+         f"can be chosen only where all weights are trained (lora.rank=0); with an adapter {why}: remove it"),
         (bool(values.get("lora.adapter")), "lora.adapter",
          f"{why}, but training would start from this one; merge it first (tune merge) and name the result in model.path"),
         *[(bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, or choose "

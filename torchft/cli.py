@@ -162,7 +162,8 @@ def _generate_command(commands: Commands) -> None:
     add("--system", default="", help="a system message before it")
     add("--chat-template", default="", help="chatml, alpaca or a .jinja file (default: the tokenizer's own)")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)")
-    add("--quantize", choices=["none", "nf4"], default="none", help="hold the linears in 4 bits (default: none)")
+    choices = ["none", "nf4", "nf4_int8_head"]
+    add("--quantize", choices=choices, default="none", help="the linears in 4 bits, lm_head in 8 (default: none)")
     add("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens up to this share (default: 1)")

@@ -17,9 +17,9 @@ class ModelConfig:
     path: str = ""  # a Hugging Face model directory, or builtin:tiny_llama
     weights: str = "pretrained"  # pretrained | random (for measuring: needs config.json and a tokenizer, never exported)
     dtype: str = "bfloat16"  # of the frozen base: bfloat16 | float32
-    quantize: str = "none"  # frozen linears: none | nf4 (QLoRA: 4 bits, double-quantised) | fp8 (8 bits, fast on Hopper)
+    quantize: str = "none"  # frozen linears: none | nf4 (QLoRA: 4 bits) | nf4_int8_head (lm_head in 8 too) | fp8 (fast on Hopper)
     activation_checkpointing: str = "none"  # none | full | every_<n>: every n-th block is recomputed | auto: what does not fit
-    offload: list[str] = field(default_factory=list)  # to CPU memory: activations (what recomputed blocks keep: modules/checkpointing.py)
+    offload: list[str] = field(default_factory=list)  # to CPU memory: activations (what recomputed blocks keep), embeddings
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
     kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py
     shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)
@@ -29,7 +29,7 @@ class ModelConfig:
 class LoraOptions:
     """The adapter. Ranks and scales as in Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
 
-    rank: int = 16
+    rank: int = 16  # 0, in dpo_distributed alone: no adapter, all weights are trained
     alpha: float = 32.0  # the update is scaled by alpha / rank, or alpha / sqrt(rank) with rslora
     dropout: float = 0.0  # on the adapter's input
     rslora: bool = False  # https://arxiv.org/abs/2312.03732
@@ -115,6 +115,7 @@ class PreferenceOptions:
     label_smoothing: float = 0.0  # share of labels taken to be wrong, with sigmoid and robust
     gamma: float = 0.0  # the margin that SimPO asks for, in units of the reward
     sft_weight: float = 0.0  # of the chosen answer's cross entropy per token, added to the loss
+    reference: str = "auto"  # with lora.rank=0: precomputed (auto; torchft/reference.py) | copy (a second model, model.dtype)
 
 
 @dataclass

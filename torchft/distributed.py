@@ -19,7 +19,8 @@ from torchft.config import ModelConfig, OptimConfig, RunConfig
 from torchft.crash import leave_when_another_fails
 from torchft.data.loader import resolve_micro_batch_size
 from torchft.errors import ConfigError, UserError
-from torchft.modules import fp8, nf4
+from torchft.modules import fp8, int8_head, nf4
+from torchft.modules.host_embedding import host_tables
 from torchft.modules.sharding import ShardReport, shard_model
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import local_rank, rank, world_size
@@ -106,9 +107,12 @@ def divide(
 
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
     dense_bytes = getattr(torch, cfg.dtype).itemsize
-    frozen = [param for param in model.parameters() if not param.requires_grad]
+    on_host = {id(table) for table in host_tables(model)}
+    frozen = [param for param in model.parameters() if not param.requires_grad and id(param) not in on_host]
 
     def each(param: torch.Tensor) -> float:
+        if int8_head.is_int8(param):
+            return 1
         if fp8.is_fp8(param):
             return 2  # fused blocks may keep a transpose: torchft/fused_fp8.py
         return nf4.BYTES if isinstance(param, nf4.NF4Tensor) else dense_bytes
@@ -125,11 +129,14 @@ def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
 
 def highest(number: int) -> int:
     """The largest of all processes' numbers, which all must give. Waits for the hosts, not for the devices."""
-    if not _host_group:
-        return number
-    numbers = torch.tensor([number])
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group[0])
-    return int(numbers.item())
+    return int(highest_each(torch.tensor([number])).item())
+
+
+def highest_each(values: torch.Tensor) -> torch.Tensor:
+    """Of each element the largest of all processes' ones, in place, for a tensor on the CPU. Waits for the hosts as `highest`."""
+    if _host_group:
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=_host_group[0])
+    return values
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wa
 GIB = 2**30
 INDENT = " " * 8
 NF4_BYTES = 0.5 + 1 / 64 + 2 / (64 * 256)  # per weight: a code, an int8 scale per 64, a bf16 scale of those per 256
+DENSE_BYTES = {"bfloat16": 2, "float32": 4}  # per weight, by model.dtype
 # Per trained parameter: (value and AdamW's two moments, gradient), by optim.name.
 TRAINED_BYTES = {"adamw": (12, 4), "adamw_8bit": (6, 4), "adamw_bf16": (6, 2)}
 
@@ -64,7 +65,7 @@ class FullRun(WholeOptions):
 
 @dataclass
 class Options(WholeOptions):
-    """Those of the recipes that train adapters."""
+    """Those of the recipes that train adapters; with lora.rank=0, in dpo_distributed, there is none."""
 
     lora: LoraOptions = field(default_factory=LoraOptions)
 
@@ -210,6 +211,7 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
     """
     from torchft.device import compile_blocks
     from torchft.fit import check_ids
+    from torchft.modules.host_embedding import host_tables
     from torchft.modules.lora import trainable_parameters
 
     try:
@@ -230,10 +232,15 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
         reports.append(f"model.shard={cfg.model.shard}: for recipes on several processes alone{processes}")
     for line in reports:
         print(textwrap.indent(line, INDENT))
-    frozen = size(frozen_bytes(model, cfg.model.dtype))
+    copied = isinstance(cfg, PreferenceRun) and cfg.dpo.reference == "copy"  # as torchft/reference.py loads it
+    copy_bytes = total * DENSE_BYTES[cfg.model.dtype] if copied else 0
+    frozen = size(frozen_bytes(model, cfg.model.dtype) + copy_bytes)
+    what = "the frozen copy" if copied else "frozen weights"
     saved_bytes, gradient_bytes = TRAINED_BYTES[cfg.optim.name]
     trained_size = size(trained * (saved_bytes + gradient_bytes * (not cfg.optim.in_backward)))
-    print(f"{INDENT}memory: {frozen} for frozen weights, {trained_size} for what is trained; activations come on top")
+    in_cpu_memory = sum(table.numel() for table in host_tables(model)) * DENSE_BYTES[cfg.model.dtype]
+    also = f" (and {size(in_cpu_memory)} of CPU memory)" * bool(in_cpu_memory)
+    print(f"{INDENT}memory: {frozen}{also} for {what}, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * saved_bytes * (cfg.run.keep_last + 2))
 
@@ -251,37 +258,37 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     from torchft.adapter import add_adapter
     from torchft.models import build_model
     from torchft.models import read_config as read_model_config
-    from torchft.modules.fp8 import quantize_fp8
-    from torchft.modules.nf4 import quantize_nf4
+    from torchft.storage import store_frozen
 
     with torch.device("meta"):
         model = build_model(read_model_config(resolve_path(cfg.model.path)))
     reports = []
-    if isinstance(cfg, Options):
+    if isinstance(cfg, Options) and cfg.lora.rank:
         reports.append(str(add_adapter(model, cfg.lora, new_ids)[1]))
-    if cfg.model.quantize == "nf4":
-        reports.append(str(quantize_nf4(model)))
-    elif cfg.model.quantize == "fp8":
-        reports.append(str(quantize_fp8(model)))
-    return model, reports
+    return model, reports + store_frozen(model, cfg.model.quantize, cfg.model.offload)
 
 
 def frozen_bytes(model: "CausalLM", dtype: str) -> float:
-    """Bytes that the frozen weights take on the device: NF4 in 4 bits, FP8 in 8, the others in `dtype`; with their scales.
+    """Bytes that the frozen weights take on the device: NF4 in 4 bits, FP8 and int8 in 8, the others in `dtype`; with their
+    scales. An embedding in CPU memory takes none.
 
     Where nothing is recomputed, fused FP8 blocks keep each weight's transpose too, see torchft/fused_fp8.py; `auto` counts it.
     """
     from torchft.modules.fp8 import is_fp8
+    from torchft.modules.host_embedding import host_tables
+    from torchft.modules.int8_head import is_int8
     from torchft.modules.nf4 import NF4Tensor
 
-    dense = {"bfloat16": 2, "float32": 4}[dtype]
+    dense = DENSE_BYTES[dtype]
 
     def each(param: "torch.Tensor") -> float:
         if isinstance(param, NF4Tensor):
             return NF4_BYTES
-        return 1 + 4 / param.shape[1] if is_fp8(param) else dense  # a fp32 scale per row
+        return 1 + 4 / param.shape[1] if is_fp8(param) or is_int8(param) else dense  # a fp32 scale per row
 
-    return sum(param.numel() * each(param) for param in model.parameters() if not param.requires_grad)
+    on_host = {id(table) for table in host_tables(model)}
+    frozen = (param for param in model.parameters() if not param.requires_grad and id(param) not in on_host)
+    return sum(param.numel() * each(param) for param in frozen)
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torchft.checks import KERNELS
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.fp8 import is_fp8
+from torchft.modules.host_embedding import HostEmbedding
 from torchft.modules.lora import LoRALinear
 from torchft.modules.transformer import CausalLM, TransformerConfig
 
@@ -30,14 +31,18 @@ class FuseReport:
     eager: tuple[str, ...]  # kernels that plain PyTorch does instead, as asked
     skipped: str  # why blocks are not swapped, "" if they are
     loss_skipped: str = ""  # why the loss is not, though it was not switched off
+    embedding: bool = False  # swapped, of those in CPU memory
+    waits: bool = False  # for the GPU at each forward, because it was not
 
     def __str__(self) -> str:
-        done = [f"{self.blocks} blocks"] * bool(self.blocks) + ["the loss"] * self.loss
+        done = [f"{self.blocks} blocks"] * bool(self.blocks) + ["the loss"] * self.loss + ["the embedding"] * self.embedding
         line = f"kernels: {' and '.join(done) or 'none'}"
         if self.eager:
             line += f"; switched off: {', '.join(self.eager)}"
         if self.loss_skipped:
             line += f"; the loss stays plain: {self.loss_skipped}"
+        if self.waits:
+            line += "; the CPU fetches the embedding's rows, for which it waits for the GPU at each forward"
         return line + (f"; blocks stay plain: {self.skipped}" if self.skipped else "")
 
 
@@ -49,7 +54,8 @@ def fuse(model: CausalLM, switches: dict[str, str], device: torch.device) -> Fus
     """
     eager = tuple(name for name in KERNELS if switches.get(name) == "eager")
     if missing := why_no_kernels(device):
-        return FuseReport(0, False, eager, missing)
+        waits = device.type == "cuda" and isinstance(model.model.embed_tokens, HostEmbedding)
+        return FuseReport(0, False, eager, missing, waits=waits)
     return swap(model, eager)
 
 
@@ -66,19 +72,25 @@ def swap(model: CausalLM, eager: tuple[str, ...]) -> FuseReport:
     """`fuse`, whatever the device."""
     from torchft.fused_block import FusedBlock  # here: Triton is not everywhere
     from torchft.fused_fp8 import FusedFp8Block
+    from torchft.kernels.gather_rows import gather_rows
     from torchft.kernels.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 
     loss_skipped = "its logits are capped" if model.config.final_logit_softcapping is not None else ""
     loss = "cross_entropy" not in eager and not loss_skipped
     if loss:
         model.head_loss, model.head_logprobs = linear_cross_entropy, linear_logprobs
+    on_host = isinstance(model.model.embed_tokens, HostEmbedding)
+    embedding = on_host and "embedding" not in eager
+    if embedding:
+        model.model.embed_tokens.gather = gather_rows
     skipped = "model.kernels says so" if "lora" in eager else _why_not(model)
     if not skipped:
         layers = model.model.layers
         swapped = FusedFp8Block if any(_in_fp8(layers)) else FusedBlock
         for index, block in enumerate(layers):
             layers[index] = swapped(block, " ".join(eager))
-    return FuseReport(0 if skipped else len(model.model.layers), loss, eager, skipped, loss_skipped)
+    blocks = 0 if skipped else len(model.model.layers)
+    return FuseReport(blocks, loss, eager, skipped, loss_skipped, embedding, waits=on_host and not embedding)
 
 
 def _in_fp8(layers: nn.Module) -> list[bool]:

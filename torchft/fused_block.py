@@ -61,6 +61,7 @@ class FusedBlock(Block):
         group, bias = self._group(attention, self.qkv)
         _, qkv = lora_norm_linear(flat, None, norm.weight, norm.eps, group, bias, eager)
         q, k, v = self._rotated(qkv.view(*h.shape[:2], -1), cos, sin)  # (B, T, H or K, E)
+        del qkv  # of 2,048 tokens of 8B 24 MiB, while the rest of the block has its largest tensors
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         group, bias = self._group(attention, O)
         return flat, lora_linear(y.reshape(len(flat), -1), group, bias, eager)

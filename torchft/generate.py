@@ -29,8 +29,8 @@ from torchft.distributed import main_tensor
 from torchft.errors import UserError
 from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.transformer import CausalLM, KVCache
+from torchft.storage import store_frozen
 from torchft.weights import load_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -214,8 +214,7 @@ def load_model(path: Path, adapter: Path | None, dtype: torch.dtype, quantize: s
         raise UserError(f"{path}: {error}") from None
     new_rows = attach_adapter(model, adapter)[-1] if adapter else 0
     model.requires_grad_(False)
-    if quantize == "nf4":
-        quantize_nf4(model)
+    store_frozen(model, quantize, [])
     load_weights(model, path, device=device, dtype=dtype, new_rows=new_rows)
     if adapter:
         load_adapter(model, adapter)
@@ -226,7 +225,7 @@ def main_generate(args: argparse.Namespace) -> None:
     """`tune generate`: answer one prompt, or chat until /exit.
 
     Uses of args: model, adapter ("" = none), prompt (None or "" = chat), system, chat_template, dtype (bfloat16 or float32),
-    quantize (none or nf4), max_new_tokens, temperature, top_p, seed. Raises UserError for what a user can get wrong.
+    quantize (none, nf4 or nf4_int8_head), max_new_tokens, temperature, top_p, seed. Raises UserError for what a user can get wrong.
     """
     path, adapter = resolve_path(args.model), resolve_path(args.adapter) if args.adapter else None
     tokenizer = load_tokenizer(tokenizer_folder(path, adapter))

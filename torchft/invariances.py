@@ -36,10 +36,10 @@ from torchft.models import read_config as read_model_config
 from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.lora import trainable_parameters
-from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.sharding import cut, local, whole
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import rank, world_size
+from torchft.storage import store_frozen
 from torchft.weights import load_weights, random_weights
 
 TOLERANCE = 1e-5  # relative, in fp32
@@ -73,8 +73,7 @@ class Subject:
         with torch.device("meta"):
             model = build_model(self.model_config)
         new_rows = add_adapter(model, cfg.lora, self.new_ids)[2] if isinstance(cfg, Options) else 0
-        if cfg.model.quantize == "nf4":
-            quantize_nf4(model)
+        store_frozen(model, cfg.model.quantize, cfg.model.offload)
         prepare(model)
         if self.random:
             random_weights(model, seed=cfg.run.seed, device=self.device, dtype=torch.float32)
@@ -201,10 +200,11 @@ def _kernel_cases(subject: Subject) -> Iterator[tuple[str, tuple[str, ...], str]
     for name in KERNELS:
         if name == "fp8":  # exempt, see above
             continue
-        used = {name} if name == "cross_entropy" else {name, "lora"}
+        used = {name} if name in ("cross_entropy", "embedding") else {name, "lora"}
         reasons = [nowhere if name != "lora" else ""]  # which folds products by torch, on any machine
         reasons += [folded] if "lora" in used else []
-        reasons += ["nothing is quantised"] if name == "nf4" and subject.cfg.model.quantize != "nf4" else []
+        reasons += ["nothing is quantised"] if name == "nf4" and not subject.cfg.model.quantize.startswith("nf4") else []
+        reasons += ["it is not in CPU memory"] if name == "embedding" and "embeddings" not in subject.cfg.model.offload else []
         yield name, tuple(other for other in KERNELS if other not in used), next(filter(None, reasons), "")
     yield "all kernels", (), nowhere
 

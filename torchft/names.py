@@ -31,8 +31,8 @@ RECIPE_ALIASES = {
     "full_finetune_single_device": "full_finetune_distributed",  # one recipe, which runs on one process too
     "lora_dpo_single_device": "dpo_distributed",
     "lora_dpo_distributed": "dpo_distributed",
-    "full_dpo_distributed": "dpo_distributed with all weights trained",
 }
+FULL_DPO = "full_dpo_distributed"  # torchtune's too, but no alias: with a config for LoRA it would train an adapter
 
 _ADAPTER_MODULES = "lora.target_modules, a list of leaf names such as q_proj, down_proj, or all-linear"
 _BATCH = (
@@ -145,10 +145,9 @@ def find_recipe(name: str) -> Path:
         if os.path.isfile(name):
             return Path(name)
         raise UserError(f"there is no recipe file {name} (looked in {Path.cwd()})")
-    if target != name:
-        raise UserError(
-            f"{name} was torchtune's name for {target}, which is not here yet; recipes: {', '.join(shipped)}"
-        )
+    if name == FULL_DPO:
+        what = "dpo_distributed with lora.rank=0, as the configs have it that end in _full_dpo"
+        raise UserError(f"{name} is torchtune's name for {what}: tune run dpo_distributed --config llama3_1/8B_full_dpo")
     raise UserError(
         f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {_nearest(name, shipped)}"
     )
@@ -182,7 +181,7 @@ def find_recipe_or_config(name: str) -> Path:
     """The file of either. The names of shipped recipes have no /, those of configs do. Raises UserError for neither."""
     if "/" in name or name.endswith((".py", ".yaml", ".yml")):
         return find_recipe(name) if name.endswith(".py") else find_config(name)
-    if name in [*recipe_names(), *RECIPE_ALIASES]:
+    if name in [*recipe_names(), *RECIPE_ALIASES, FULL_DPO]:
         return find_recipe(name)
     close = difflib.get_close_matches(name[:60], [*recipe_names(), *config_names()], 2, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else "`tune ls` lists them"

@@ -1,4 +1,4 @@
-"""Checkpoints of models trained whole: every process writes the part it holds, while the next steps already run.
+"""Checkpoints of models trained whole, and of dpo_distributed: every process writes its part while the next steps already run.
 
     out/step_000500/   shard-00002-model-00001-of-00007.safetensors   of process 1 (counted from 0): its rows of parameters,
                                                                       params/<name>, and moments, optimizer/<name>/<state>

@@ -29,7 +29,7 @@ def check(config: str, overrides: list[str], rows: int, layers: int, recipe: str
     """
     recipe, options, kind = options_for(config, overrides, recipe)
     if kind:
-        raise UserError(f"tune check computes steps of cross entropy, and {recipe} has a loss of {kind}: check the same model with a lora config")
+        raise UserError(f"tune check computes steps of cross entropy, and {recipe} has a loss of {kind}: check the same model with a lora or a full config")
     cfg = read_config(options, config, overrides, training=False)
     subject = choose(cfg, rows, layers)
     print(f"{'check':<24} {'difference':>10}  verdict", flush=True)

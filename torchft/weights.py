@@ -1,8 +1,9 @@
 """Weights into a model built on meta: streamed from a Hugging Face checkpoint, or random from a seed.
 
-Tensor by tensor: read, cast, moved, quantised where the model says NF4 or FP8, put in place; a stack of experts when its last one is
-read. So neither a dense copy of a quantised model nor a second copy of any model ever exists. Checkpoint names are the
-model's own, but for the experts' numbers (stored.py); whatever does not fit exactly is an error that names the tensor.
+Tensor by tensor: read, cast, moved, quantised where the model says NF4 or FP8, put in place; a stack of experts when its last
+one is read, a head in 8 bits slice by slice. So neither a dense copy of a quantised model nor a second copy of any model ever
+exists. Checkpoint names are the model's own, but for the experts' numbers (stored.py); whatever does not fit exactly is an
+error that names the tensor.
 """
 
 import zlib
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torchft.errors import UserError
 from torchft.hf_checkpoint import Checkpoint, listed, open_checkpoint
 from torchft.models import read_config
-from torchft.modules import fp8, nf4
+from torchft.modules import fp8, int8_head, nf4
+from torchft.modules.host_embedding import HostEmbedding, placed
 from torchft.modules.score import Score
 from torchft.modules.sharding import cut, divided_like, local, rows_held
 from torchft.modules.transformer import CausalLM
@@ -47,7 +49,7 @@ def load_weights(
     """Stream a checkpoint into a model on meta, adapters excepted (they stay on meta: see init_lora, load_adapter).
 
     Args:
-        dtype: of everything but NF4 and FP8 weights, which are quantised from it, and modules trained whole, which stay fp32.
+        dtype: of everything but NF4, FP8 and int8 weights, which are quantised from it, and modules trained whole, which stay fp32.
         new_rows: rows that `resize_vocab` appended to embed_tokens and lm_head and the files do not have.
 
     Raises:
@@ -80,16 +82,22 @@ def random_weights(model: CausalLM, *, seed: int, device: torch.device | str, dt
     does not depend on which adapters or other tensors there are.
     """
     for name, slot in _base_slots(model).items():
+        # 32 bits of seed and name: more would be cut off in silence by the CPU's generator.
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        if int8_head.is_int8(slot.param):
+            for rows in int8_head.row_slices(*slot.param.shape, dtype.itemsize):
+                value = torch.empty(rows.stop - rows.start, slot.param.shape[1], dtype=dtype, device=device)
+                slot.take_rows(rows, value.normal_(std=model.config.initializer_range, generator=generator))
+            continue
         value = torch.empty(slot.param.shape, dtype=slot.dtype(dtype), device=device)
         if name.endswith("norm.weight"):
             value.fill_(0.0 if model.config.norm_offset else 1.0)
         elif name.endswith(".bias"):
             value.zero_()
         else:
-            # 32 bits of seed and name: more would be cut off in silence by the CPU's generator.
-            generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             value.normal_(std=model.config.initializer_range, generator=generator)
         rows = slot.rows()
+        value = placed(value, device) if slot.on_host() else value
         slot.fill(value if len(value) == rows.stop - rows.start else value[rows].clone())  # a view would keep all of it alive
 
 
@@ -101,6 +109,7 @@ class _Slot:
     pieces: list[Piece]
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
     value: Tensor | None = None
+    scale: Tensor | None = None  # of an int8 value's rows
     num_read: int = 0  # of the pieces
 
     def dtype(self, base: torch.dtype) -> torch.dtype:
@@ -110,6 +119,9 @@ class _Slot:
     def is_nf4(self) -> bool:
         return isinstance(local(self.param), nf4.NF4Tensor)
 
+    def on_host(self) -> bool:
+        return any(isinstance(module, HostEmbedding) for module, _ in self.owners)
+
     def rows(self) -> slice:
         """The rows that `fill` wants: this process's, but all of an NF4 tensor, whose scales have one mean, and of an FP8 one,
         whose scales are on every process."""
@@ -118,10 +130,15 @@ class _Slot:
 
     def take(self, piece: Piece, tensor: Tensor | Coded, dtype: torch.dtype, device: torch.device | str) -> None:
         """Read one piece of it, a view of the mapped file; the last one fills it."""
+        if int8_head.is_int8(self.param):
+            for rows in int8_head.row_slices(*self.param.shape, dtype.itemsize):
+                self.take_rows(rows, tensor[rows].to(device=device, dtype=dtype))
+            return
         rows = self.rows()
         if self.value is None:
             shape = (rows.stop - rows.start, *self.param.shape[1:])
-            self.value = torch.zeros(shape, dtype=self.dtype(dtype), device=device)
+            self.value = torch.zeros(shape, dtype=self.dtype(dtype), device="cpu" if self.on_host() else device)
+            self.value = placed(self.value, device) if self.on_host() else self.value
         held = piece.rows_of(tensor, rows.start, rows.stop)
         start = max(piece.start - rows.start, 0)
         self.value[start : start + len(held)] = held
@@ -129,6 +146,18 @@ class _Slot:
         if self.num_read == len(self.pieces):
             self.fill(self.value)
             self.value = None
+
+    def take_rows(self, rows: slice, value: Tensor) -> None:
+        """Rows of an int8 weight, quantised as they come, in order; the last ones fill it."""
+        if self.value is None:
+            self.value = torch.empty(self.param.shape, dtype=torch.int8, device=value.device)
+            self.scale = torch.empty(len(self.param), dtype=torch.float32, device=value.device)
+        self.value[rows], self.scale[rows] = int8_head.quantize_rows(value)
+        if rows.stop == len(self.param):
+            for module, _ in self.owners:
+                module.weight_scale = self.scale
+            self.fill(self.value)
+            self.value = self.scale = None
 
     def fill(self, value: Tensor) -> None:
         """Put those rows in the parameter's place, quantised if that is NF4 or FP8."""

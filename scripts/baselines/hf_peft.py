@@ -19,6 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def where_is(model: torch.nn.Module, name: str) -> str:
+    """The path of the first module of that name, "" without one."""
+    return next((path for path, _ in model.named_modules() if path.endswith(f".{name}")), "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
@@ -37,7 +42,11 @@ def main() -> None:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
     if not args.full:
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+        # A mixture's experts are stacked parameters there, and no linears: adapted by their names.
+        mixture = getattr(config, "num_experts", None) is not None
+        experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if mixture else {}
+        targets = [name for name in TARGETS if not mixture or "self_attn" in where_is(model, name)]
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, **experts))
     if args.activation_checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,8 @@ KERNELS = [
     ("rms_norm", "_weight_backward_kernel", "*{0} *{0} *fp32 *{0} *{0} *fp32 i32 i32 i32", {"ROWS": 32, "BLOCK_D": 4096}),
     ("linear_cross_entropy", "_logprob_kernel", "*{0} *i64 *fp32 *fp32 i32 i32 i32",
      {"V": 128256, "IGNORE": -100, "BLOCK": 8192, "WRITE_GRADIENT": True}),
+    ("int8_rows", "_decode_kernel", "*i8 *fp32 *{0}", {"D": 4096, "BLOCK": 4096}),
+    ("gather_rows", "_gather_kernel", "*{0} *i64 *{0} i32", {"D": 5376, "BLOCK": 4096}),
     ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 4096, "BLOCKS": 1}),
     ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 16384, "BLOCKS": 2}),
     ("fp8_transpose", "_transpose_kernel", "*u8 *u8 i32 i32 i32", {"TILE": 128}),
@@ -50,3 +54,11 @@ def test_the_kernels_compile_for_sm_90() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * len(KERNELS)
+
+
+def test_program_ids_are_64_bit_before_they_are_multiplied():
+    """PITFALLS G1: an offset of more than 2^31 elements from a 32-bit id is wrong and often finite. A remainder stays small."""
+    folder = Path(__file__).resolve().parents[2] / "kernels"
+    lines = [line for file in folder.glob("*.py") for line in file.read_text().splitlines() if "program_id(" in line]
+    assert len(lines) > 10
+    assert not [line for line in lines if ".to(tl.int64)" not in line and not re.search(r"program_id\(\d\) % ", line)]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torchft.kernels import linear_cross_entropy as kernel
 from torchft.kernels.linear_cross_entropy import default_chunk_size, linear_cross_entropy, linear_logprobs
 from torchft.modules import loss as plain
+from torchft.modules.int8_head import quantize_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = [1, 7, 100, 1000, 5001]
@@ -295,6 +296,9 @@ def test_the_ops_are_registered_whole(eager, monkeypatch):
     ops, inputs = torch.ops.torchft, problem(5, 10)
     for wanted in ([True, True], [False, True], [True, False]):
         given = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=False)]
-        torch.library.opcheck(ops.linear_cross_entropy.default, (*given, inputs[2], 3, wanted, eager))
-        assert not any(x.requires_grad for x in ops.linear_cross_entropy(*given, inputs[2], 3, wanted, eager)[1:])
-    torch.library.opcheck(ops.linear_logprobs.default, (*inputs, 3, eager))
+        torch.library.opcheck(ops.linear_cross_entropy.default, (*given, None, inputs[2], 3, wanted, eager))
+        assert not any(x.requires_grad for x in ops.linear_cross_entropy(*given, None, inputs[2], 3, wanted, eager)[1:])
+    torch.library.opcheck(ops.linear_logprobs.default, (*inputs[:2], None, inputs[2], 3, eager))
+    in_8_bits = (inputs[0], *quantize_rows(inputs[1].detach()), inputs[2], 3)
+    torch.library.opcheck(ops.linear_cross_entropy.default, (*in_8_bits, [True, False], eager))
+    torch.library.opcheck(ops.linear_logprobs.default, (*in_8_bits, eager))

@@ -202,26 +202,28 @@ CASES = {
 }
 
 
-def make_twins(case: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    """(transformers' model, ours with the same weights, ids (2, T))."""
-    torch.manual_seed(0)
+def make_twins(
+    case: dict[str, Any], released: bool = False, shape: tuple[int, int] = (2, NUM_TOKENS), seed: int = 0
+) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """(transformers' model, ours with the same weights, ids of `shape`). released: weights as wide models have them, 0.02."""
+    torch.manual_seed(seed)
     hf = {key: value for key, value in case.items() if value is not None or key in NULLABLE}
     config = AutoConfig.for_model(**hf)
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     reference = AutoModelForCausalLM.from_config(config, **eager).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
-            center, spread = (0.0 if "gemma" in hf["model_type"] else 1.0, 0.3) if "norm" in name else (0.0, 0.25)
+            center, spread = (0.0 if "gemma" in hf["model_type"] else 1.0, 0.3) if "norm" in name else (0.0, 0.02 if released else 0.25)
             parameter.normal_(center, spread)
         # Small activations are where the epsilon of the norms matters; where no norm comes first, biases would drown them.
-        if hf["model_type"] != "olmo2":
+        if hf["model_type"] != "olmo2" and not released:
             reference.get_input_embeddings().weight.mul_(0.05)
     with torch.device("meta"):
         ours = build_model(hf)
     ours.to_empty(device="cpu")
     missing, unexpected = ours.load_state_dict(in_our_names(reference.state_dict(), hf["model_type"]), strict=False)
     assert (missing, unexpected) == ([], [])
-    return reference, ours, torch.randint(config.vocab_size, (2, NUM_TOKENS))
+    return reference, ours, torch.randint(config.vocab_size, shape)
 
 
 def in_our_names(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:

@@ -83,7 +83,7 @@ def test_nothing_supervised_is_a_zero_connected_to_the_graph(op, num_tokens):
     """PITFALLS L3: a constant would make `backward` raise on one rank while the others wait."""
     hidden, weight, _ = problem(num_tokens)
     loss = op(hidden, weight, torch.full((num_tokens,), IGNORE_INDEX)).sum()
-    assert loss == 0
+    assert loss == 0 and loss.requires_grad
     loss.backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
     assert torch.equal(weight.grad, torch.zeros_like(weight))

@@ -62,3 +62,12 @@ def pair_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sides = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
             out.write(json.dumps({"prompt": prompt} | sides) + "\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def verdict_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 answers of uneven length; those of one letter are good."""
+    file = tmp_path_factory.mktemp("data") / "verdicts.jsonl"
+    rows = [{"prompt": "why " * (1 + i % 4), "completion": "ab"[i % 2] * (2 + i % 5), "label": i % 2 == 0} for i in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

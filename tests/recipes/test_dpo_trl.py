@@ -1,4 +1,4 @@
-"""30 steps of the DPO recipe against TRL's DPOTrainer with PEFT on the same pairs, and the log-probabilities of answers."""
+"""30 steps of the DPO recipe against TRL's DPOTrainer on the same pairs, with PEFT and with all weights; log-probabilities."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def start(cfg: recipe.Config) -> CausalLM:
     return model
 
 
-def trl_losses(cfg: recipe.Config, rows: list[dict], out: Path) -> list[float]:
-    """The losses that TRL logs, of rows in this order, from the recipe's initial adapter."""
+def trl_records(cfg: recipe.Config, rows: list[dict], out: Path) -> list[dict]:
+    """What TRL logs, of rows in this order: from the recipe's initial adapter, or of all weights against a second model."""
     from datasets import Dataset as HubDataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,10 +50,11 @@ def trl_losses(cfg: recipe.Config, rows: list[dict], out: Path) -> list[float]:
 
     model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
     shape = {"r": cfg.lora.rank, "lora_alpha": cfg.lora.alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model, LoraConfig(**shape))
-    with torch.no_grad():
-        for name, tensor in adapter_tensors(start(cfg)).items():
-            model.get_parameter(f"base_model.model.{name.removesuffix('.weight')}.default.weight").copy_(tensor)
+    if cfg.lora.rank:
+        model = get_peft_model(model, LoraConfig(**shape))
+        with torch.no_grad():
+            for name, tensor in adapter_tensors(start(cfg)).items():
+                model.get_parameter(f"base_model.model.{name.removesuffix('.weight')}.default.weight").copy_(tensor)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     tokenizer.pad_token = tokenizer.eos_token
     args = DPOConfig(
@@ -68,23 +69,36 @@ def trl_losses(cfg: recipe.Config, rows: list[dict], out: Path) -> list[float]:
     return [record for record in trainer.state.log_history if "loss" in record]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_thirty_steps_are_trls_and_pefts(
-    small_model: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hide_cuda(monkeypatch)
+TRAINED = {
+    "an adapter": ("optim.lr=0.004",),
+    "all weights": ("optim.lr=0.0005", "lora.rank=0", "lora.alpha=32"),
+}
+
+
+def both_curves(model: Path, data: Path, folder: Path, trained: str = "an adapter") -> tuple[list[dict], list[dict]]:
+    """What the recipe and TRL log of each step, over the same pairs in the same order."""
     more = (f"run.max_steps={STEPS}", f"run.global_batch_size={PAIRS}", "run.micro_batch_size=4", "run.epochs=9")
-    more += ("optim.lr=0.004", "optim.schedule=constant", "optim.warmup_steps=0", "data.valid_fraction=0", "run.eval_every=0")
-    cfg = options(small_model, pair_data, tmp_path / "ours", *more)
-    assert run_processes(1, lambda _: recipe.main(cfg), tmp_path / "ours") == [0], problems(tmp_path / "ours")
-    ours = [record for record in log_records(tmp_path / "ours") if "loss" in record]
+    more += ("optim.schedule=constant", "optim.warmup_steps=0", "data.valid_fraction=0", "run.eval_every=0")
+    cfg = options(model, data, folder / "ours", *more, *TRAINED[trained])
+    assert run_processes(1, lambda _: recipe.main(cfg), folder / "ours") == [0], problems(folder / "ours")
+    ours = [record for record in log_records(folder / "ours") if "loss" in record]
 
     train, _ = datasets(cfg)
     loader = Loader(train, cfg.data, cfg.run)
-    table = [json.loads(line) for line in pair_data.read_text().splitlines()]
+    table = [json.loads(line) for line in data.read_text().splitlines()]
     rows = [table[train.row[sample]] for step in range(STEPS) for sample in loader.step_samples(step)]
-    theirs = trl_losses(cfg, rows, tmp_path / "trl")
+    theirs = trl_records(cfg, rows, folder / "trl")
     assert len(ours) == len(theirs) == STEPS and len(rows) == STEPS * PAIRS
+    return ours, theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trained", TRAINED)
+def test_thirty_steps_are_trls_and_pefts(
+    small_model: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
+    hide_cuda(monkeypatch)
+    ours, theirs = both_curves(small_model, pair_data, tmp_path, trained)
     for mine, other in zip(ours, theirs, strict=True):
         assert abs(mine["loss"] - other["loss"]) <= 1e-4, (mine["step"], mine["loss"], other["loss"])
         names = {"rewards_chosen": "rewards/chosen", "margin": "rewards/margins", "logps_rejected": "logps/rejected"}
@@ -157,7 +171,7 @@ def test_packed_pairs_have_the_gradients_of_single_pairs(small_model: Path, pair
             param += 0.05 * torch.randn(param.shape, generator=generator)
     row = torch.arange(6).numpy()
     batch = make_batch(train, [row], num_rows=1, max_seq_len=600, packing=True)
-    loss, _ = recipe.batch_loss(model, batch, cfg.dpo)
+    loss, _ = recipe.batch_loss(model, model, batch, cfg.dpo)
     params = list(adapter_tensors(model).values())
     got = torch.autograd.grad(loss, params)
 

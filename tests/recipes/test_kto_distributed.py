@@ -31,15 +31,6 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     hide_cuda(monkeypatch)
 
 
-@pytest.fixture(scope="session")
-def verdict_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 answers of uneven length; those of one letter are good."""
-    file = tmp_path_factory.mktemp("data") / "verdicts.jsonl"
-    rows = [{"prompt": "why " * (1 + i % 4), "completion": "ab"[i % 2] * (2 + i % 5), "label": i % 2 == 0} for i in range(24)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 def options(model: Path, data: Path, out: Path, *more: str) -> recipe.Config:
     """5 steps of 8 answers, one a row, in 4 micro-batches, into a second epoch; 6 of 24 are held out."""
     values = {"model.path": model, "model.dtype": "float32", "data.train": data, "run.out": out, "data.packing": "false"}

@@ -66,6 +66,7 @@ VARIANTS = {
     "whole tables": ["lora.modules_to_save=[embed_tokens,lm_head]", "model.activation_checkpointing=full"],
     "base whole": ["model.shard=1"],
     "two copies": ["model.shard=2", "model.quantize=nf4"],
+    "smallest": ["model.quantize=nf4_int8_head", "model.offload=[embeddings,activations]", "model.activation_checkpointing=full"],
 }
 
 
@@ -73,7 +74,7 @@ VARIANTS = {
 def test_any_number_of_processes_gives_one_curve(small_model: Path, chat_data: Path, tmp_path: Path, variant: str) -> None:
     more = VARIANTS[variant]
     expected = train(0, small_model, chat_data, tmp_path / "0", *(text for text in more if "shard" not in text))
-    for processes in {"lora": (1, 2, 4), "qlora": (2, 4), "two copies": (4,)}.get(variant, (2,)):
+    for processes in {"lora": (1, 2, 4), "qlora": (2, 4), "two copies": (4,), "smallest": (1, 2)}.get(variant, (2,)):
         assert_same_run(train(processes, small_model, chat_data, tmp_path / f"{processes}", *more), expected)
 
 

@@ -63,10 +63,13 @@ def test_nothing_differs_on_two_processes_either(config: Callable, capsys: pytes
     found = table(printed)
     assert found["two processes"].endswith("equal") and found["kernel lora"].endswith("equal")
     assert found["kernel rope"] == "skipped: Triton needs a GPU" and found["the same again"] == "0.0e+00  equal"
-    assert found["offloaded"].endswith("equal") and len(found) == 17
+    assert found["offloaded"].endswith("equal") and len(found) == 18
 
 
-@pytest.mark.parametrize("kind, more", [("full", []), ("qlora", ["model.quantize=nf4"]), ("lora", ["lora.dora=true"])])
+SMALLEST = ["model.quantize=nf4_int8_head", "model.offload=[embeddings]"]
+
+
+@pytest.mark.parametrize("kind, more", [("full", []), ("qlora", SMALLEST), ("lora", ["lora.dora=true"])])
 def test_nothing_differs(
     kind: str, more: list[str], config: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,4 +176,4 @@ def test_the_difference_is_relative_to_each_tensor() -> None:
     assert difference({"a": torch.tensor([3.0, float("nan")]), "b": expected["b"]}, expected)[0] == float("inf")
     with pytest.raises(UserError, match="all zero"):
         difference({"a": torch.zeros(2)}, {"a": torch.zeros(2)})
-    assert set(KERNELS) == {"lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy"}  # each but fp8 has a line
+    assert set(KERNELS) == {"lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding"}  # each but fp8 has a line

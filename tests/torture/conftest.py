@@ -13,7 +13,7 @@ from scale import ALL, SEED
 from torture_table import Part, render
 
 TESTS = Path(__file__).resolve().parent.parent
-for folder in ("recipes", "data"):
+for folder in ("recipes", "data", "models", "kernels"):
     sys.path.append(str(TESTS / folder))  # their helpers
 
 
@@ -24,16 +24,23 @@ def _fixtures_of(folder: str) -> object:
     return module
 
 
-small_model, chat_data = (getattr(_fixtures_of("recipes"), name) for name in ("small_model", "chat_data"))
+_recipes = _fixtures_of("recipes")
+small_model, chat_data, pair_data, verdict_data = _recipes.small_model, _recipes.chat_data, _recipes.pair_data, _recipes.verdict_data
 byte_model, build = (getattr(_fixtures_of("data"), name) for name in ("byte_model", "build"))
+
+
+@pytest.fixture(scope="session")
+def rows_of(chat_data: Path, pair_data: Path, verdict_data: Path) -> Callable[[str], Path]:
+    """rows_of(recipe): a file of what that recipe learns from."""
+    return lambda recipe: {"dpo": pair_data, "reward": pair_data, "kto": verdict_data}.get(recipe.split("_")[0], chat_data)
 
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """tally(number, what, note="") adds to what the test's file has measured."""
+    """tally(number, what, note="", **worst) adds to what the test's file has measured; of each of `worst` the largest counts."""
 
-    def add(number: int, what: str, note: str = "") -> None:
-        request.node.user_properties.append(("torture", (number, what, note)))
+    def add(number: int, what: str, note: str = "", **worst: float) -> None:
+        request.node.user_properties.append(("torture", (number, what, note, worst)))
 
     yield add
 

@@ -1,6 +1,6 @@
 """The recipes themselves, as users start them, in forked children: short runs that are attacked and must end as if never.
 
-A recipe that is added is one more entry of RECIPES (and of `options`, where it needs other data).
+A recipe that is added is one more entry of RECIPES (and of rows_of in conftest.py, where it needs other data).
 """
 
 import importlib
@@ -19,14 +19,17 @@ from tiny_training import assert_same
 from torchft.parse import parse
 from torchft.run_dir import checkpoints, verify_checkpoint
 
-RECIPES = {"lora_single_device": (1,), "lora_distributed": (1, 2), "full_finetune_distributed": (1, 2)}  # -> numbers of processes
+RECIPES = {  # -> numbers of processes
+    "lora_single_device": (1,), "lora_distributed": (1, 2), "full_finetune_distributed": (1, 2),
+    "dpo_distributed": (1, 2), "dpo_distributed, all weights": (2,), "kto_distributed": (2,), "reward_distributed": (2,),
+}  # fmt: skip
 WAYS = [(recipe, processes) for recipe, counts in RECIPES.items() for processes in counts]
 STEPS, SAVE_EVERY = 6, 2
 Arm = Callable[[Any, int], None]  # (the recipe's module, rank), called in the child
 
 
 def module_of(recipe: str) -> Any:
-    return importlib.import_module(f"torchft.recipes.{recipe}")
+    return importlib.import_module(f"torchft.recipes.{recipe.partition(',')[0]}")
 
 
 def options(recipe: str, model: Path, data: Path, out: Path, *more: str) -> Any:
@@ -36,8 +39,10 @@ def options(recipe: str, model: Path, data: Path, out: Path, *more: str) -> Any:
     values |= {"optim.warmup_steps": 2, "run.micro_batch_size": 2, "run.max_new_tokens": 3, "run.sample_rows": 1}
     values |= {"data.valid_fraction": 0.25, "run.eval_every": 3, "run.save_every": SAVE_EVERY, "run.keep_best": "true"}
     values |= {"run.resume": "auto"}
-    if recipe.startswith("lora"):
-        values |= {"lora.rank": 4, "lora.dropout": 0.1}
+    if not recipe.startswith("full"):
+        values |= {"lora.rank": 4, "lora.dropout": 0.1 if recipe.startswith("lora") else 0}
+    if recipe.endswith("all weights"):
+        values |= {"lora.rank": 0, "optim.lr": 0.001}
     values |= dict(text.split("=", 1) for text in more)
     return parse(module_of(recipe).Config, [f"{key}={value}" for key, value in values.items()])
 

@@ -13,12 +13,12 @@ WAYS = [(recipe, max(counts)) for recipe, counts in RECIPES.items()]
 
 @pytest.mark.parametrize("recipe, processes", WAYS if scaled(0, 1) else WAYS[:1])
 def test_bit_for_bit(
-    recipe: str, processes: int, small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
+    recipe: str, processes: int, small_model: Path, rows_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
 ) -> None:
     hide_cuda(monkeypatch)
     steps = scaled(10, 100)
     more = [f"run.seed={SEED}", f"run.max_steps={steps}", "run.epochs=40", "run.eval_every=20", "run.save_every=0"]
-    runs = Runs(recipe, processes, small_model, chat_data, tmp_path, *more)
+    runs = Runs(recipe, processes, small_model, rows_of(recipe), tmp_path, *more)
     assert len([record for record in runs.expected[0] if "loss" in record]) == steps
     runs.finish("again")
     tally(1, "pairs of runs", f"{steps} steps each")

@@ -19,14 +19,14 @@ WAYS = [(recipe, max(counts)) for recipe, counts in RECIPES.items()]
 
 @pytest.mark.parametrize("recipe, processes", WAYS if scaled(0, 1) else WAYS[:1])
 def test_no_secret_leaves_a_run(
-    recipe: str, processes: int, small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
+    recipe: str, processes: int, small_model: Path, rows_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
 ) -> None:
     hide_cuda(monkeypatch)
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / CANARIES["HF_TOKEN"]  # one in an option too, which is printed and written everywhere
     folder.mkdir()
-    runs = Runs(recipe, processes, small_model, chat_data, folder, "run.max_steps=2")
+    runs = Runs(recipe, processes, small_model, rows_of(recipe), folder, "run.max_steps=2")
     assert "run: out=" in runs.said and not any(canary in runs.said for canary in CANARIES.values())
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 8

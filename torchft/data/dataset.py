@@ -81,6 +81,7 @@ class Dataset:
     key: str  # config key of the sources
     parts: np.ndarray | None = None  # (S, 2) int64, of pairs: tokens of the trunk and of the chosen branch (preferences.py)
     desirable: np.ndarray | None = None  # (S,) bool, of verdicts
+    reference: np.ndarray | None = None  # (N,) fp32, of pairs: the next token's log-probability; see torchft/reference.py
     cache_note: str = ""  # where the tokens came from, one line
 
     def __len__(self) -> int:

@@ -56,6 +56,8 @@ class Batch:
     sequences: torch.Tensor | None = None  # (B, T) int64, of pairs and verdicts: the answer of each token, or num_sequences
     num_sequences: int = 0  # answers; the chosen and the rejected one of a pair are neighbours
     desirable: torch.Tensor | None = None  # (num_sequences,) bool, of verdicts
+    reference: torch.Tensor | None = None  # (B, T) fp32, of pairs: log-probabilities of the labels, where Dataset has them
+    samples: np.ndarray | None = None  # (D,) the dataset's samples in it, row after row
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -257,6 +259,10 @@ def make_batch(dataset: Dataset, rows: list[np.ndarray], *, num_rows: int, max_s
     answers, position = _answers(dataset, samples, position, real)
     positions[real] = position
     whole = bool((per_row == 1).all() and (row_tokens == width).all()) and "branches" not in answers
+    if dataset.reference is not None:
+        reference = np.zeros((num_rows, width), np.float32)
+        reference[real] = dataset.reference[index]
+        answers["reference"] = torch.from_numpy(reference)
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -264,6 +270,7 @@ def make_batch(dataset: Dataset, rows: list[np.ndarray], *, num_rows: int, max_s
         None if whole else torch.from_numpy(documents),
         num_tokens,
         int(supervised.sum()),
+        samples=samples,
         **answers,
     )
 
