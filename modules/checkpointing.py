@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from torchft.modules.offload import Traffic, addresses, travels
+from torchft.modules.offload import Traffic, address, addresses, travels
 
 
 def run_again(function: Callable[..., Tensor], *inputs: Tensor, draws: bool) -> Tensor:
@@ -60,7 +60,7 @@ class Probe:
 
         def count(x: Tensor) -> Tensor:
             if travels(x, set(), 1):
-                saved.setdefault(x.untyped_storage().data_ptr(), x)
+                saved.setdefault(address(x), x)
             return x
 
         with saved_tensors_hooks(count, lambda x: x):

@@ -151,11 +151,11 @@ class Journey:
         """Autograd's: what to keep for a tensor. Whole memories travel, each once, however many views of it are saved."""
         if not travels(x, self.shared, self.traffic.smallest):
             return x
-        storage = x.untyped_storage()
-        item = self.items.pop(storage.data_ptr(), None)
+        place = address(x)
+        item = self.items.pop(place, None)
         if item is None:  # it holds that memory from here on, so that no other tensor of this block comes to lie there
-            item = _Item(storage, self.traffic)
-        self.items[storage.data_ptr()] = item
+            item = _Item(x.untyped_storage(), self.traffic)
+        self.items[place] = item
         item.readers += 1
         return _Ticket(item, x.dtype, x.storage_offset(), x.shape, x.stride())
 
@@ -251,10 +251,14 @@ def travels(x: Tensor, shared: set[int], smallest: int) -> bool:
     """Whether a saved tensor is this block's own, and large: not one of the memories at the addresses `shared`."""
     if type(x) is not Tensor or not x.is_floating_point():  # DTensors and NF4 are weights, integers belong to masks
         return False
-    storage = x.untyped_storage()
-    return storage.nbytes() >= smallest and storage.data_ptr() not in shared
+    return x.untyped_storage().nbytes() >= smallest and address(x) not in shared
+
+
+def address(x: Tensor) -> int:
+    """Where its memory begins, which a view of it shares."""
+    return x.untyped_storage().data_ptr()
 
 
 def addresses(values: Iterable[object]) -> set[int]:
-    """Where the plain tensors among these have their memory."""
-    return {value.untyped_storage().data_ptr() for value in values if type(value) in (Tensor, nn.Parameter)}
+    """Of the plain tensors among these."""
+    return {address(value) for value in values if type(value) in (Tensor, nn.Parameter)}
