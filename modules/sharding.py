@@ -1,18 +1,21 @@
 """Parameters divided over processes by FSDP2 (`fully_shard`): which ones, how they are filled, how they are read back.
 
 A divided parameter is a DTensor: each process holds some rows of it, and a block's rows are gathered for as long as the
-block computes. The functions here treat an ordinary tensor as the case of one holder, so that callers need no branch.
+block computes. The functions here treat an ordinary tensor as the case of one holder, so that callers need no branch. With
+`in_cpu_memory` the rows lie in the host's memory, though their mesh is one of GPUs: what is gathered of them outside of a
+forward travels by gloo.
 
 Order: model on meta -> adapters -> NF4 -> checkpointing -> compile -> `shard_model` -> fill every parameter.
 Left out: dividing anything but rows (tensor parallelism).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from torchft.modules import nf4
 from torchft.modules.host_embedding import host_tables
@@ -30,15 +33,17 @@ class ShardReport:
     kept_whole: tuple[str, ...]  # names of frozen ones that every process holds, because they cannot be divided
     base_whole: bool  # every process holds all of the base, on purpose
     ends_whole: tuple[str, ...] = ()  # and embed_tokens in CPU memory, lm_head in 8 bits
+    in_cpu_memory: bool = False  # each block's weights travel to the device when it computes, their gradients back
 
     def __str__(self) -> str:
         processes = self.num_parts * self.num_copies
+        if self.in_cpu_memory:
+            return f"{self._divided()}, in CPU memory: weights travel block by block, gradients back"
         if processes == 1:
             return "1 process: nothing is divided"
         if self.base_whole:
             return f"each of {processes} process(es) holds the frozen base; {self.num_divided} trained tensors are divided"
-        copies = f", {self.num_copies} copies" if self.num_copies > 1 else ""
-        line = f"{self.num_divided} tensors divided over {self.num_parts} processes{copies}"
+        line = self._divided()
         if self.kept_whole:
             line += (
                 f"; {len(self.kept_whole)} NF4 tensors whole on each (first: {self.kept_whole[0]}, which cannot be cut into "
@@ -46,9 +51,18 @@ class ShardReport:
             )
         return line + (f"; whole on each: {', '.join(self.ends_whole)}" if self.ends_whole else "")
 
+    def _divided(self) -> str:
+        copies = f", {self.num_copies} copies" if self.num_copies > 1 else ""
+        return f"{self.num_divided} tensors divided over {self.num_parts} process{'es' * (self.num_parts > 1)}{copies}"
+
 
 def shard_model(
-    model: CausalLM, mesh: DeviceMesh, *, base_whole: bool = False, compute_dtype: torch.dtype | None = None
+    model: CausalLM,
+    mesh: DeviceMesh,
+    *,
+    base_whole: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    in_cpu_memory: bool = False,
 ) -> ShardReport:
     """Divide a model on meta over `mesh`, block by block; `model` itself holds embedding, last norm and head.
 
@@ -58,8 +72,10 @@ def shard_model(
             travels, at the price of its memory.
         compute_dtype: of gathered weights, for a model that keeps its own in fp32; gradients are summed in fp32 over the
             processes. None: everything is computed in the weights' own dtypes.
+        in_cpu_memory: weights, gradients and so the optimizer's moments stay on the host, in memory that a GPU can copy from
+            beside its work; every parameter must be filled there.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: its import takes half a second
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard  # here: it takes half a second
 
     parts = mesh.size(mesh.ndim - 1)
     frozen = {name: param for name, param in model.named_parameters() if not param.requires_grad}
@@ -71,12 +87,15 @@ def shard_model(
         # RoPE's tables, which come as inputs, must stay in fp32: see modules/rope.py
         mixed = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         options["mp_policy"] = MixedPrecisionPolicy(**mixed)
+    if in_cpu_memory:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for block in model.model.layers:
         block.base_stays = base_whole
         fully_shard(block, **options)
-    fully_shard(model, **options)
+    # Tables, last norm and head stay gathered from forward to backward, which would gather them again at once.
+    fully_shard(model, **options | {"reshard_after_forward": False})
     divided = sum(isinstance(param, DTensor) for param in model.parameters())
-    return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), base_whole, tuple(ends))
+    return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), base_whole, tuple(ends), in_cpu_memory)
 
 
 def _cannot_divide(param: Tensor, parts: int) -> bool:
@@ -87,6 +106,11 @@ def _cannot_divide(param: Tensor, parts: int) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def compute_device(tensor: Tensor) -> torch.device:
+    """Where a parameter is computed with: on its mesh's devices, though it may lie in CPU memory."""
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -118,12 +142,24 @@ def rows_held(tensor: Tensor) -> slice:
 
 
 def divided_like(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor with as many rows as `like`, dealt out as they are, of which `part` is what this process holds."""
+    """A tensor with as many rows as `like`, dealt out as and where they are, of which `part` is what this process holds.
+
+    `like` on meta has no place yet: the part stays where it is.
+    """
     if not isinstance(like, DTensor):
         return part
+    part = part if like.is_meta or part.device == like.device else part.to(like.device)
     shape = torch.Size((like.shape[0], *part.shape[1:]))
-    layout = {"run_check": False, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
-    return DTensor.from_local(part, like.device_mesh, like.placements, **layout)
+    return on_mesh(part, like.device_mesh, like.placements, shape=shape, stride=torch.empty(shape, device="meta").stride())
+
+
+def on_mesh(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], **whole_layout: Sequence[int]) -> DTensor:
+    """`DTensor.from_local` for a part that stays where it is: that would move one in CPU memory to the mesh's GPU."""
+    options = {"run_check": False, **whole_layout}
+    if part.device.type == mesh.device_type:
+        return DTensor.from_local(part, mesh, placements, **options)
+    like = DTensor.from_local(part.to("meta"), mesh, placements, **options)
+    return DTensor(part, like._spec, requires_grad=False)  # as FSDP2 makes its own
 
 
 def cut(value: Tensor, like: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ Beside an adapter these weights are trained as they are (PEFT's `modules_to_save
 For added tokens the tables grow, the new rows start near the mean of the old ones, and the gradient of the old rows is
 zeroed after each backward, so that one ordinary Parameter serves; it costs the optimizer states of all rows.
 
-Order: model on meta -> `add_lora` -> `resize_vocab` -> `train_modules` -> load the weights -> `init_new_rows`, and
-`freeze_old_rows` after every backward. A tied model has one Parameter for both ends and keeps it.
+Order: model on meta -> `add_lora` -> `grow_vocab` -> `train_modules` -> load the weights -> `init_new_rows`, and
+`freeze_old_rows` after every backward. A tied model has one Parameter for both ends and keeps it. Where all weights are
+trained, `grow_vocab` and `init_new_rows` are all there is to do.
 
 Legend: V vocabulary, D hidden.
 """
@@ -87,6 +88,11 @@ def untie(model: CausalLM) -> None:
     model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
 
 
+def grow_vocab(model: CausalLM, new_ids: range) -> int:
+    """Append the rows that added tokens need to a model on meta; returns how many: 0 of no tokens, or where spare rows do."""
+    return resize_vocab(model, max(new_ids.stop, model.config.vocab_size)) if new_ids else 0
+
+
 def resize_vocab(model: CausalLM, new_size: int) -> int:
     """Append rows to embed_tokens and lm_head; returns how many.
 
@@ -125,10 +131,10 @@ def init_new_rows(model: CausalLM, new_rows: range, generator: torch.Generator) 
     that has nothing to do with its neighbours'.
 
     Args:
-        new_rows: token ids, all after the known ones.
+        new_rows: token ids, all after the known ones; empty: nothing is done.
         generator: a CPU generator, so that one seed gives the same rows on every device.
     """
-    for weight in _end_weights(model):
+    for weight in _end_weights(model) if new_rows else []:
         assert 0 < new_rows.start < new_rows.stop <= weight.shape[0], (new_rows, tuple(weight.shape))
         table = whole(weight)  # the weight itself unless it is divided
         old = table[: new_rows.start].float()

@@ -8,7 +8,7 @@ Every weight is trained. FSDP2 divides the weights (in fp32; in bf16 with optim.
 over the processes and gathers a block's weights in model.dtype while it computes. It is lora_distributed without adapters: `diff` the two. Every process runs all of
 this; what is printed and written comes from the first.
 The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy
-is yours to edit. Measured results: docs/RECORDS.md. Left out: adding tokens to the vocabulary.
+is yours to edit. Measured results: docs/RECORDS.md. Left out: training some of the weights.
 """
 
 import math
@@ -47,6 +47,7 @@ from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.transformer import CausalLM
+from torchft.modules.vocab import grow_vocab, init_new_rows
 from torchft.optim import build_optimizer, lr_at, norm_and_check, set_lr, step_optimizer
 from torchft.parse import parse
 from torchft.parts import PartsWriter, load_parts
@@ -101,23 +102,27 @@ def main(cfg: Config) -> None:
     checkpoint = find_checkpoint(out, run.resume, asdict(cfg), log.print)  # now: a wrong one fails before anything is loaded
 
     # ---- Model. On meta until its weights stream in, so that no process ever holds all of it. The order is the same in
-    # all recipes: kernels, checkpointing, compile, division, weights.
+    # all recipes: rows for added tokens, kernels, checkpointing, compile, division, weights.
     path = resolve_path(cfg.model.path)
     tokenizer = load_tokenizer(path)
-    template = load_template(cfg.data.chat_template, tokenizer)
+    template = load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
+    new_ids = tokenizer.added_ids  # a range, empty without data.new_tokens
     with torch.device("meta"):
         model = build_model(read_config(path))
+    new_rows = grow_vocab(model, new_ids)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
     activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)
     dtype = getattr(torch, cfg.model.dtype)  # to compute and export in
     kept = dtype if cfg.optim.name == "adamw_bf16" else torch.float32  # of the weights that are trained
     log.print(str(divide(model, cfg.model, device, kept, dtype)))
+    home = torch.device("cpu") if "weights" in cfg.model.offload else device  # where weights and moments lie between times
     if cfg.model.weights == "random":
         log.print("WARNING: model.weights=random is for measuring; nothing will be exported")
-        random_weights(model, seed=run.seed, device=device, dtype=kept)
+        random_weights(model, seed=run.seed, device=home, dtype=kept)
     else:
-        log.print(str(load_weights(model, path, device=device, dtype=kept)))
+        log.print(str(load_weights(model, path, device=home, dtype=kept, new_rows=new_rows)))
+    init_new_rows(model, new_ids, torch.Generator().manual_seed(run.seed))  # on the CPU: the same on every device
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim, run.seed)
     updates = StepInBackward(params, optimizer) if cfg.optim.in_backward else None
@@ -186,7 +191,8 @@ def main(cfg: Config) -> None:
                 show(answer_examples(model, tokenizer, template, samples, **answering), log)
         stopping = highest(stop.exit_code)  # 0: nobody asked, not even while it was validated
         improved = run.keep_best and valid_loss is not None and valid_loss < best_loss
-        if last or improved or stopping or (run.save_every and step % run.save_every == 0):
+        kept_last = last and cfg.model.weights != "random"  # a run for measuring leaves nothing that was not asked for
+        if kept_last or improved or stopping or (run.save_every and step % run.save_every == 0):
             with log.paused():
                 state = fingerprints | {"log": log.state()}
                 kept = {"keep_last": run.keep_last, "valid_loss": valid_loss if run.keep_best else None}

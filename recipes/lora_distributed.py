@@ -106,8 +106,8 @@ def main(cfg: Config) -> None:
     # all recipes: adapters, quantised types, kernels, checkpointing, compile, division, weights.
     path = resolve_path(cfg.model.path)
     tokenizer = load_tokenizer(tokenizer_folder(path, cfg.lora.adapter))
-    template = load_template(cfg.data.chat_template, tokenizer, cfg.lora.new_tokens)
-    new_ids = tokenizer.added_ids  # a range, empty without lora.new_tokens
+    template = load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
+    new_ids = tokenizer.added_ids  # a range, empty without data.new_tokens
     with torch.device("meta"):
         model = build_model(read_config(path))
     spec, report, new_rows = add_adapter(model, cfg.lora, new_ids)

@@ -3,7 +3,7 @@
     python scripts/bench_recipe.py --list
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --baseline hf_peft --baseline plain
     python scripts/bench_recipe.py --case dpo_1b_bf16_1024x4_noac --baseline trl_dpo
-    python scripts/bench_recipe.py --case full_8b_bf16_2048x4_ac --gpus 2
+    python scripts/bench_recipe.py --case full_8b_bf16_2048x4_ac --gpus 2 --baseline hf_peft
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
     python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option optim.name=adamw_8bit
     python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option data.max_seq_len=65536 --timeout 900
@@ -15,7 +15,7 @@ Each case runs the recipe itself, in a process of its own, with `model.weights=r
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
 measured: median tokens/s, its spread, and the peak of allocated memory over the whole run; with activation checkpointing, also how
 many blocks recompute at least a part, and how much a step sends to CPU memory. Baselines run in the same call on the
-same GPU: hf_peft (transformers + peft), and plain, the best of the recipe without kernels over {eager, compile} x {flash,
+same GPUs: hf_peft (transformers + peft; on several, of full_ cases transformers under FSDP2), and, on one, plain, the best of the recipe without kernels over {eager, compile} x {flash,
 cuDNN attention}; all four are in the record. The cases of DPO are in bench_dpo.py. Leaves out: loading weights from files, and
 any claim about quality.
 """
@@ -67,6 +67,7 @@ LLAMA_3_1_8B = {
 }
 SIZES = {  # -> family, row of its SIZES
     "1b": ("llama", "Llama-3.2-1B"),
+    "3b": ("llama", "Llama-3.2-3B"),
     "70b": ("llama", "Llama-3.1-70B"),
     "gemma4b": ("gemma3", "Gemma-3-4B"),
     "qwen30ba3b": ("qwen3_moe", "Qwen3-30B-A3B"),
@@ -80,7 +81,8 @@ CASES = [
 CASES += ["qlora_8b_nf4_2048x1_min", "qlora_70b_nf4_8192x1_ac"]
 SMALLEST = {"model.quantize": "nf4_int8_head", "model.offload": "[activations,embeddings]"}
 SMALLEST |= {"model.activation_checkpointing": "full"}
-CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac", "full_8b_bf16_2048x4_ac"]
+CASES += ["full_1b_bf16_2048x4_noac", "full_1b_fp32master_2048x4_noac"]
+CASES += ["full_3b_fp32master_2048x4_ac", "full_8b_bf16_2048x4_ac"]
 CASES += ["lora_gemma4b_bf16_2048x4_noac", "lora_qwen30ba3b_bf16_2048x4_ac", "qlora_qwen30ba3b_nf4_2048x4_ac"]
 CASES += bench_dpo.CASES
 
@@ -185,21 +187,24 @@ def reduce_log(records: list[dict]) -> dict:
     }
 
 
-def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str]) -> dict:
-    """Run scripts/baselines/<name>.py on the case's shapes; it prints one JSON object as its last line."""
+def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str], gpus: int) -> dict:
+    """Run scripts/baselines/<name>.py on the case's shapes, the batch times the GPUs; its last line is one JSON object."""
     if name == "plain":
         return run_plain(case, timeout_s, configurations)
     if name == "trl_dpo":
         return bench_dpo.run_trl(case, WARMUP_STEPS + MEASURED_STEPS, timeout_s, dry_run=False)
     config, overrides = case_overrides(case)
+    overrides["run.global_batch_size"] *= max(1, gpus)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         overrides.pop("model.offload", None)
         overrides.pop("optim.name", None)  # transformers keeps the weights and states in the dtype they were loaded in
         args = [f"--{key.split('.')[1]}={value}" for key, value in overrides.items()]
         args += ["--full"] if case.startswith("full_") else []
-        args += ["--dtype=float32"] if "fp32master" in case else []
-        command = [sys.executable, str(REPO / "scripts/baselines" / f"{name}.py"), f"--config={folder}", *args]
+        # on several GPUs the recipe keeps the 8B case in fp32, as it does by default: its peer too
+        args += ["--dtype=float32"] if "fp32master" in case or (gpus > 1 and case.startswith("full_8b")) else []
+        command = [sys.executable, *launcher, str(REPO / "scripts/baselines" / f"{name}.py"), f"--config={folder}", *args]
         done = subprocess.run(command, check=True, timeout=timeout_s, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -244,6 +249,8 @@ def main() -> None:
         raise SystemExit("error: the baseline of DPO cases is trl_dpo, and only theirs")
     if args.gpus and set(args.case) & set(bench_dpo.CASES):
         raise SystemExit("error: DPO cases are measured on one GPU: leave out --gpus")
+    if args.gpus > 1 and "plain" in args.baseline:
+        raise SystemExit("error: the baseline plain runs on one GPU: leave out --gpus")
     if unknown := sorted(set(args.case) - set(CASES)):
         raise SystemExit(f"error: no case {', '.join(unknown)}; --list prints those there are")
     for case in args.case:
@@ -254,7 +261,7 @@ def main() -> None:
             measured = run_recipe(case, args.timeout, args.gpus, args.option)
             record = {"case": case, **environment(args.gpus), "command": command, **measured, "baselines": {}}
             for name in args.baseline:
-                record["baselines"][name] = run_baseline(name, case, args.timeout, args.plain or list(PLAIN))
+                record["baselines"][name] = run_baseline(name, case, args.timeout, args.plain or list(PLAIN), args.gpus)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(f"{case}: FAILED, nothing recorded: {error}", flush=True)
             continue

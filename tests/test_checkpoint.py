@@ -269,3 +269,13 @@ def test_of_several_processes_the_first_speaks_and_not_where_another_failed(
     os.kill(os.getpid(), number)
     stop.close()
     assert (stop.exit_code, capfd.readouterr().err) == (128 + number, said)
+
+
+@pytest.mark.parametrize("tokens", [[], ["<|a|>"]])
+def test_a_checkpoint_from_before_an_option_moved_goes_on(tokens: list[str], tmp_path: Path) -> None:
+    """data.new_tokens was lora.new_tokens, and in full fine-tuning it did not exist."""
+    old, new = {**CONFIG, "lora": {"new_tokens": tokens}}, {**CONFIG, "data": {"new_tokens": tokens}}
+    save(TinyRun().train(0, 1), tmp_path, 1, config=old if tokens else CONFIG)
+    assert find_checkpoint(tmp_path, "auto", new, lambda text: None) is not None
+    with pytest.raises(UserError, match=r"data.new_tokens: .* then, \['<\|b\|>'\] now"):
+        find_checkpoint(tmp_path, "auto", {**CONFIG, "data": {"new_tokens": ["<|b|>"]}}, lambda text: None)

@@ -72,7 +72,19 @@ def test_validate_of_a_model_trained_whole(workplace, capsys):
     }.items():
         cli.main(["validate", "my_full.yaml", *options])
         assert f"{taken * total / 2**20:.1f} MiB for what is trained" in capsys.readouterr().out
+    cli.main(["validate", "my_full.yaml", "data.new_tokens=['<|a|>','<|b|>']"])
+    out = capsys.readouterr().out
+    assert f"model   ok: {total + 2 * shape.hidden_size:,} parameters" in out  # tied: one table
+    assert f"2 tokens added: embed_tokens and lm_head have {shape.vocab_size + 2:,} rows" in out
     assert shape.tie_word_embeddings and "LoRA" not in out
+    cli.main(["validate", "my_full.yaml", "model.offload=[weights]"])
+    out = capsys.readouterr().out
+    block = (total - shape.vocab_size * shape.hidden_size - shape.hidden_size) // shape.num_hidden_layers
+    rest = total - block * shape.num_hidden_layers
+    gathered = 4 * (rest + 2 * block) + 8 * max(rest, 2 * block)
+    assert f"on each device about {gathered / 2**20:.1f} MiB for what is gathered" in out
+    assert f"in CPU memory {16 * total / 2**20:.1f} MiB over all processes" in out
+    assert f"per forward and backward {(12 * total - 4 * rest) / 2**20:.1f} MiB travel" in out
     with pytest.raises(SystemExit):
         cli.main(["validate", "my_full.yaml", "lora.rank=4"])
     assert "lora.rank is not an option" in capsys.readouterr().err

@@ -51,11 +51,14 @@ def used_control(dataset: Dataset, tokenizer: Tokenizer) -> int:
     return min(set(dataset.ids.tolist()) & tokenizer.control_ids)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 def test_a_control_token_that_was_never_trained_is_named(
-    factor: float, model: CausalLM, dataset: Dataset, tokenizer: Tokenizer
+    factor: float, whole: bool, model: CausalLM, dataset: Dataset, tokenizer: Tokenizer
 ) -> None:
-    """PITFALLS T12: its embedding's norm lies outside that of the others."""
+    """PITFALLS T12: its embedding's norm lies outside that of the others. The advice is what the recipe at hand can follow."""
+    model.requires_grad_(whole)
+    model.lm_head.weight.requires_grad_(True)  # tied: the table alone, as beside adapters
     token = used_control(dataset, tokenizer)
     with torch.no_grad():
         row = model.model.embed_tokens.weight[token]
@@ -63,7 +66,8 @@ def test_a_control_token_that_was_never_trained_is_named(
     lines = said(model, dataset, tokenizer)
     assert len(lines) == 1
     line = lines[0]
-    assert line.startswith("WARNING: the model seems never to have been trained on ") and "lora.modules_to_save" in line
+    assert line.startswith("WARNING: the model seems never to have been trained on ")
+    assert ("lora.modules_to_save" in line) != whole and ("learned from nothing" in line) == whole
     assert tokenizer.decode([token], skip_special=False) in line
 
 

@@ -162,8 +162,8 @@ def test_what_never_stands_in_the_code_is_found(tmp_path, monkeypatch):
 
 OPTIONS = """
 model: path weights dtype quantize activation_checkpointing offload compile shard kernels
-lora: rank alpha dropout rslora dora target_modules modules_to_save new_tokens adapter
-data: train valid valid_fraction chat_template train_on max_seq_len packing truncation max_bad_rows
+lora: rank alpha dropout rslora dora target_modules modules_to_save adapter
+data: train valid valid_fraction chat_template new_tokens train_on max_seq_len packing truncation max_bad_rows
 optim: name in_backward lr schedule warmup_steps min_lr_ratio weight_decay betas eps max_grad_norm
 run: out seed epochs max_steps global_batch_size micro_batch_size log_every eval_every save_every keep_last keep_best
 run: resume sample_rows exact_match_rows max_new_tokens deterministic trackers profile_steps

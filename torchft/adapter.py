@@ -23,9 +23,9 @@ from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import fp8, nf4
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import LoRALinear, LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
-from torchft.modules.sharding import cut, gathered, local, place, whole
+from torchft.modules.sharding import compute_device, cut, gathered, local, place, whole
 from torchft.modules.transformer import CausalLM
-from torchft.modules.vocab import PATHS, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
+from torchft.modules.vocab import PATHS, grow_vocab, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
 from torchft.peft_config import CONFIG, AdapterConfig, peft_fields, read_adapter
 from torchft.ranks import rank
 from torchft.safetensors_header import read_header
@@ -58,7 +58,7 @@ def add_adapter(model: CausalLM, options: LoraOptions, new_ids: range) -> tuple[
     try:
         spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.dora, targets)
         report = add_lora(model, spec)
-        new_rows = resize_vocab(model, max(new_ids.stop, model.config.vocab_size)) if new_ids else 0
+        new_rows = grow_vocab(model, new_ids)
         train_modules(model, options.modules_to_save or (list(PATHS) if new_ids else []))
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -74,8 +74,7 @@ def init_adapter(model: CausalLM, options: LoraOptions, new_ids: range, generato
     if options.adapter:
         load_adapter(model, options.adapter)
         return
-    if new_ids:
-        init_new_rows(model, new_ids, generator)
+    init_new_rows(model, new_ids, generator)
     init_lora(model, generator)
 
 
@@ -359,4 +358,4 @@ def probe_logits(model: CausalLM) -> Tensor:
     """Logits (2, 32, V) in fp32 on fixed random tokens, without dropout and without compiling for their shape."""
     ids = torch.randint(model.config.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
     with eval_mode(model), torch.compiler.set_stance("force_eager"):
-        return model(ids.to(model.lm_head.weight.device)).float()
+        return model(ids.to(compute_device(model.lm_head.weight))).float()

@@ -31,6 +31,7 @@ from torchft.crash import another_failed
 from torchft.distributed import from_all, from_main, tensors_from_main
 from torchft.errors import UserError
 from torchft.modules.sharding import cut, gathered
+from torchft.names import MOVED_KEYS
 from torchft.optimizer_state import flatten_optimizer, get_rng_state, plain_name, set_rng_state, unflatten_optimizer
 from torchft.ranks import rank, world_size
 from torchft.redact import redact
@@ -246,8 +247,12 @@ def _continue_from(path: Path, manifest: dict[str, Any], config: dict[str, Any],
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> both values, where two configs differ; None for a key that one lacks."""
-    old, new = dict(_flatten(then)), dict(_flatten(now))
+    """Dotted key -> both values, where two configs differ; None for a key that one lacks.
+
+    An option that did not exist then and is empty now is no difference, nor is one that was moved with its value.
+    """
+    old, new = ({MOVED_KEYS.get(key, key): value for key, value in _flatten(config)} for config in (then, now))
+    new = {key: value for key, value in new.items() if key in old or value not in ([], {}, "")}
     pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

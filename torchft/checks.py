@@ -27,7 +27,7 @@ CHOICES = {
     "dpo.reference": ("auto", "precomputed", "copy"),
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding")  # lora: the folded products
-OFFLOADED = ("activations", "embeddings")
+OFFLOADED = ("activations", "embeddings", "weights")
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
@@ -125,7 +125,7 @@ def _check_lora(values: dict[str, Any]) -> Problems:
         problems.append(
             ("lora.modules_to_save", f"holds {show(name)}; only embed_tokens and lm_head are trained whole")
         )
-    for key in ("lora.target_modules", "lora.modules_to_save", "lora.new_tokens"):
+    for key in ("lora.target_modules", "lora.modules_to_save"):
         problems += _check_names(key, values.get(key, []))
     return problems
 
@@ -137,7 +137,7 @@ def _check_names(key: str, names: list[str]) -> Problems:
 
 
 def _check_data(values: dict[str, Any]) -> Problems:
-    problems: Problems = []
+    problems = _check_names("data.new_tokens", values.get("data.new_tokens", []))
     for group in ("data.train", "data.valid"):
         for i, source in enumerate(values.get(group, [])):
             key = f"{group}[{i}]"
@@ -208,16 +208,19 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
         *_in_backward_rules(values),
+        *_weights_rules(values),
         (values.get("optim.name") == "adamw_bf16" and values.get("model.dtype", "bfloat16") != "bfloat16", "optim.name",
          "is adamw_bf16, which keeps weights in bf16: set model.dtype=bfloat16, or optim.name=adamw"),
         (values.get("optim.name") == "adamw_bf16" and bool(values.get("lora.rank")), "optim.name",
          "is adamw_bf16, for models that are trained whole in bf16, and adapters are kept in fp32: use adamw or adamw_8bit"),
-        (bool(values.get("lora.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,
-         "lora.modules_to_save", "must name both embed_tokens and lm_head beside lora.new_tokens, whose rows are in both; "
+        (bool(values.get("data.new_tokens")) and len(set(values.get("lora.modules_to_save", []))) == 1,
+         "lora.modules_to_save", "must name both embed_tokens and lm_head beside data.new_tokens, whose rows are in both; "
          "or leave it empty to train only those rows"),
         *[(bool(values.get("lora.adapter")) and key in values and values[key] != default, key,
            "has no effect beside lora.adapter, which decides it; remove one of them")
           for key, default in LORA_DEFAULTS.items()],
+        (bool(values.get("lora.adapter")) and bool(values.get("data.new_tokens")), "data.new_tokens",
+         "has no effect beside lora.adapter, which has a vocabulary of its own; remove one of them"),
         (bool(clashing), "lora.modules_to_save",
          f"and lora.target_modules both name {', '.join(clashing)}; keep one of them"),
         *_whole_rules(values),
@@ -234,7 +237,7 @@ def _frozen_ends_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     for name, key, value, chosen in (("embed_tokens", "model.offload", "holds embeddings", in_memory),
                                      ("lm_head", "model.quantize", "is nf4_int8_head", in_8_bits)):  # fmt: skip
         who = "" if values.get("lora.rank") else "lora.rank=0" if "lora.rank" in values else "this recipe"
-        who = "lora.new_tokens" if values.get("lora.new_tokens") else who
+        who = "data.new_tokens" if values.get("data.new_tokens") else who
         who = "lora.modules_to_save" if name in values.get("lora.modules_to_save", []) else who
         rules.append((bool(chosen and who), key, f"{value}, for a frozen {name}, and {who} trains it; remove one of them"))
     return rules
@@ -250,6 +253,8 @@ def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
                                 "the norm to clip by is known only after all updates; set optim.max_grad_norm=0"),
         "run.micro_batch_size": (accumulated, "a gradient that is accumulated must be kept; set run.micro_batch_size to "
                                  "run.global_batch_size"),
+        "model.offload": ("weights" in values.get("model.offload", []), "gradients leave the device by themselves then, and "
+                          "updates on the CPU would hold backward up; set optim.in_backward=false"),
         "optim.name": (values.get("optim.name") == "adamw_8bit", "adamw_8bit updates all parameters at once; use adamw or "
                        "adamw_bf16"),
         "lora.rank": (bool(values.get("lora.rank")), "adapters' gradients are small; set optim.in_backward=false"),
@@ -265,8 +270,25 @@ def _whole_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     return [
         ("dpo.loss" not in values, "lora.rank", "is 0, which means all weights in dpo_distributed alone; set it to 1 or more, or "
          "use that recipe or full_finetune_distributed"),
+        (bool(values.get("data.new_tokens")), "data.new_tokens", "and lora.rank=0 cannot go together: the reference has no such rows; "
+         "add them with full_finetune_distributed first"),
         *[(values.get(key, default) != default, key, "has no effect with lora.rank=0, which trains all weights; remove it")
           for key, default in adapter.items()],
+    ]  # fmt: skip
+
+
+def _weights_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """What weights, gradients and moments in CPU memory do not go with."""
+    if "weights" not in values.get("model.offload", []):
+        return []
+    why = {"adamw_8bit": "torchao's update is compiled for parameters that lie where their mesh computes",
+           "adamw_bf16": "its rounding is a kernel for GPUs, and takes 300 times as long as adamw on a CPU"}  # fmt: skip
+    return [
+        ("lora.rank" in values, "model.offload", "holds weights, which is for models trained whole: beside adapters nothing "
+         "but frozen weights would travel, for nothing; use model.quantize=nf4, or divide them (model.shard=all), and remove it"),
+        ("lora.rank" not in values and values.get("optim.name") in why, "optim.name",
+         f"is {values.get('optim.name')}, and the optimizer works in CPU memory where model.offload holds weights: "
+         f"{why.get(values.get('optim.name'))}; set optim.name=adamw"),
     ]  # fmt: skip
 
 
@@ -287,7 +309,7 @@ def _preference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         (loss in ("orpo", "cpo") and values["dpo.sft_weight"] > 0.0, "dpo.sft_weight",
          f"would be a second term of its kind: dpo.loss={loss} has one; remove it"),
         *[("reward.center_weight" in values and bool(values.get(key)), key, "has no use in a reward model; remove it")
-          for key in ("lora.modules_to_save", "lora.new_tokens", "run.exact_match_rows")],
+          for key in ("lora.modules_to_save", "data.new_tokens", "run.exact_match_rows")],
         (kto and values.get("run.global_batch_size", 2) < 2 and not values.get("data.packing", True),
          "run.global_batch_size", "must be 2 or more: KTO pairs each prompt with the answer to another one of the step"),
     ]  # fmt: skip
@@ -302,7 +324,7 @@ def _reference_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         (bool(values.get("lora.adapter")), "lora.adapter",
          f"{why}, but training would start from this one; merge it first (tune merge) and name the result in model.path"),
         *[(bool(values.get(key)), key, f"cannot be trained here: {why}, which this would change; remove it, or choose "
-           "a dpo.loss without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "lora.new_tokens")],
+           "a dpo.loss without a reference (simpo, orpo, cpo)") for key in ("lora.modules_to_save", "data.new_tokens")],
     ]  # fmt: skip
 
 

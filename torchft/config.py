@@ -19,7 +19,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of the frozen base: bfloat16 | float32
     quantize: str = "none"  # frozen linears: none | nf4 (QLoRA: 4 bits) | nf4_int8_head (lm_head in 8 too) | fp8 (fast on Hopper)
     activation_checkpointing: str = "none"  # none | full | every_<n>: every n-th block is recomputed | auto: what does not fit
-    offload: list[str] = field(default_factory=list)  # to CPU memory: activations (what recomputed blocks keep), embeddings
+    offload: list[str] = field(default_factory=list)  # to CPU memory: activations (of recomputed blocks), embeddings, weights
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
     kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py
     shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)
@@ -36,7 +36,6 @@ class LoraOptions:
     dora: bool = False  # https://arxiv.org/abs/2402.09353
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # leaf names; all-linear: not lm_head, routers
     modules_to_save: list[str] = field(default_factory=list)  # trained whole beside the adapter: embed_tokens, lm_head
-    new_tokens: list[str] = field(default_factory=list)  # added to the tokenizer; trained are their rows alone
     adapter: str = ""  # a PEFT adapter directory to train further; it decides the fields above
 
 
@@ -59,6 +58,7 @@ class DataConfig:
     valid: list[SourceConfig] = field(default_factory=list)  # empty: no validation unless valid_fraction is set
     valid_fraction: float = 0.0  # share of the training rows held out instead
     chat_template: str = ""  # "" = the tokenizer's own; chatml | alpaca | a .jinja file
+    new_tokens: list[str] = field(default_factory=list)  # added to the tokenizer; beside adapters their rows alone are trained
     train_on: str = "all"  # all assistant turns | last
     max_seq_len: int = 2048  # tokens per row
     packing: bool = True  # several examples per row, kept apart by the attention mask

@@ -66,10 +66,17 @@ def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> No
         torch.cuda.set_device(local_rank())
     store = {} if world_size() > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     hook = sys.excepthook
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=STALLED, **store)
+    dist.init_process_group(_backend(model), timeout=STALLED, **store)
     leave_when_another_fails()
     sys.excepthook = hook  # torch.distributed's own would keep to itself what torchft/crash.py prints before it leaves
     _host_group.append(dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+
+
+def _backend(model: ModelConfig) -> str:
+    """Of the default group, and so of the mesh: weights in CPU memory are summed and gathered there outside of a forward."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if "weights" in model.offload else "nccl"
 
 
 def leave_processes() -> None:
@@ -92,7 +99,8 @@ def divide(
     and as it is gathered to compute with.
     """
     world = world_size()
-    if world == 1 and kept is not None and kept == computed:
+    in_cpu_memory = "weights" in cfg.offload
+    if world == 1 and kept is not None and kept == computed and not in_cpu_memory:
         return ShardReport(1, 1, 0, (), False)  # FSDP2 would copy every weight for nothing
     parts = int(cfg.shard) if cfg.shard.isdecimal() else world
     base_whole = False
@@ -102,7 +110,7 @@ def divide(
         parts = world if base_whole else parts
     shape, names = ((world,), ("shard",)) if parts == world else ((world // parts, parts), ("copies", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return shard_model(model, mesh, base_whole=base_whole, compute_dtype=computed)
+    return shard_model(model, mesh, base_whole=base_whole, compute_dtype=computed, in_cpu_memory=in_cpu_memory)
 
 
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:

@@ -166,9 +166,9 @@ def load_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Loader", "Dat
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import load_tokenizer
 
-    lora = cfg.lora if isinstance(cfg, Options) else LoraOptions()
-    tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), lora.adapter))
-    template = load_template(cfg.data.chat_template, tokenizer, lora.new_tokens)
+    adapter = cfg.lora.adapter if isinstance(cfg, Options) else ""
+    tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), adapter))
+    template = load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
     kind = kind or sources_kind(cfg.data.train)
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
     loader = Loader(train, cfg.data, cfg.run)
@@ -240,7 +240,10 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
     trained_size = size(trained * (saved_bytes + gradient_bytes * (not cfg.optim.in_backward)))
     in_cpu_memory = sum(table.numel() for table in host_tables(model)) * DENSE_BYTES[cfg.model.dtype]
     also = f" (and {size(in_cpu_memory)} of CPU memory)" * bool(in_cpu_memory)
-    print(f"{INDENT}memory: {frozen}{also} for {what}, {trained_size} for what is trained; activations come on top")
+    if "weights" in cfg.model.offload:
+        print(textwrap.indent(offloaded_memory(model, cfg.model.dtype), INDENT))
+    else:
+        print(f"{INDENT}memory: {frozen}{also} for {what}, {trained_size} for what is trained; activations come on top")
     # beyond keep_last: the checkpoint being written, and the best one
     check_disk(Path(cfg.run.out), trained * saved_bytes * (cfg.run.keep_last + 2))
 
@@ -258,6 +261,7 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     from torchft.adapter import add_adapter
     from torchft.models import build_model
     from torchft.models import read_config as read_model_config
+    from torchft.modules.vocab import grow_vocab
     from torchft.storage import store_frozen
 
     with torch.device("meta"):
@@ -265,6 +269,11 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     reports = []
     if isinstance(cfg, Options) and cfg.lora.rank:
         reports.append(str(add_adapter(model, cfg.lora, new_ids)[1]))
+    else:
+        grow_vocab(model, new_ids)
+    if new_ids:
+        rows = f"{model.config.vocab_size:,} rows"
+        reports.append(f"{counted(len(new_ids), 'token')} added: embed_tokens and lm_head have {rows}")
     return model, reports + store_frozen(model, cfg.model.quantize, cfg.model.offload)
 
 
@@ -289,6 +298,28 @@ def frozen_bytes(model: "CausalLM", dtype: str) -> float:
     on_host = {id(table) for table in host_tables(model)}
     frozen = (param for param in model.parameters() if not param.requires_grad and id(param) not in on_host)
     return sum(param.numel() * each(param) for param in frozen)
+
+
+def offloaded_memory(model: "CausalLM", dtype: str) -> str:
+    """What model.offload=[weights] takes on the device and on the host, and how much travels between them, in lines.
+
+    The device holds tables and two blocks (one is on its way) in `dtype`, and their gradients; of the larger of these the fp32
+    values too, as they come from the host, or as sums of gradients that go there.
+    """
+    from torchft.model_dir import available_memory
+
+    width = DENSE_BYTES[dtype]
+    total = sum(param.numel() for param in model.parameters())
+    blocks = [sum(param.numel() for param in block.parameters()) for block in model.model.layers]
+    tables, two = total - sum(blocks), 2 * max(blocks)
+    on_device = 2 * width * (tables + two) + 8 * max(tables, two)
+    free = available_memory()
+    return (
+        f"memory: on each device about {size(on_device)} for what is gathered; activations come on top\n"
+        f"        in CPU memory {size(16 * total)} over all processes, half of it pinned; a checkpoint's copy, if it fits, is "
+        f"{size(12 * total)} more (free on this machine: {size(free)})\n"
+        f"        per forward and backward {size(12 * total - 4 * tables)} travel between them, over all processes"
+    )
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -24,7 +24,7 @@ def check_ids(config: TransformerConfig, tokenizer: Tokenizer, *datasets: Datase
             raise UserError(
                 f"{dataset.key}: the tokenizer of {tokenizer.path} writes the id {largest} "
                 f"({tokenizer.decode([largest], skip_special=False)!r}), but the model has {config.vocab_size:,} rows: "
-                "tokenizer and config.json are of two models, or a token was added without lora.new_tokens"
+                "tokenizer and config.json are of two models, or a token was added without data.new_tokens"
             )
 
 
@@ -57,7 +57,10 @@ def warn_of_misfits(
     used = set(written.tolist()) & tokenizer.control_ids - set(tokenizer.added_ids)
     if untrained := untrained_rows(model, sorted(used)) if used else []:
         names = ", ".join(tokenizer.decode([token], skip_special=False) for token in untrained)
+        advice = "Train the tables too (lora.modules_to_save=[embed_tokens,lm_head])"
+        if all(param.requires_grad for param in model.parameters()):
+            advice = "They are learned from nothing here, which takes many examples: see to that,"
         say(
-            f"WARNING: the model seems never to have been trained on {names}, which the chat template writes. Train the "
-            "tables too (lora.modules_to_save=[embed_tokens,lm_head]) or choose another data.chat_template"
+            f"WARNING: the model seems never to have been trained on {names}, which the chat template writes. {advice} or "
+            "choose another data.chat_template"
         )

@@ -29,6 +29,7 @@ from torchft.distributed import main_tensor
 from torchft.errors import UserError
 from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
+from torchft.modules.sharding import compute_device
 from torchft.modules.transformer import CausalLM, KVCache
 from torchft.storage import store_frozen
 from torchft.weights import load_weights
@@ -62,7 +63,7 @@ def generate(
     _check(model, prompts, temperature, top_p)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
+    generator = torch.Generator(compute_device(model.model.norm.weight)).manual_seed(seed)
     # Nothing is compiled before the compiler is imported, which takes seconds that a run without it need not spend.
     uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     replies: list[list[int]] = [[] for _ in prompts]
@@ -118,7 +119,7 @@ def _read_prompts(model: CausalLM, prompts: list[list[int]], max_new_tokens: int
     Padding is a document of its own, so that no token of a prompt sees it; and with the ends aligned, each row's
     distances between columns are those between its tokens, as sliding windows need them.
     """
-    device = model.model.norm.weight.device
+    device = compute_device(model.model.norm.weight)
     longest = max(len(prompt) for prompt in prompts)
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     in_text = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -38,6 +38,7 @@ from torchft.modules.compiler import missing_compiler
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.sharding import cut, local, whole
 from torchft.modules.transformer import CausalLM
+from torchft.modules.vocab import grow_vocab, init_new_rows
 from torchft.ranks import rank, world_size
 from torchft.storage import store_frozen
 from torchft.weights import load_weights, random_weights
@@ -72,7 +73,8 @@ class Subject:
         cfg = self.cfg
         with torch.device("meta"):
             model = build_model(self.model_config)
-        new_rows = add_adapter(model, cfg.lora, self.new_ids)[2] if isinstance(cfg, Options) else 0
+        adapted = isinstance(cfg, Options)
+        new_rows = add_adapter(model, cfg.lora, self.new_ids)[2] if adapted else grow_vocab(model, self.new_ids)
         store_frozen(model, cfg.model.quantize, cfg.model.offload)
         prepare(model)
         if self.random:
@@ -80,9 +82,12 @@ class Subject:
         else:
             path = resolve_path(cfg.model.path)
             load_weights(model, path, device=self.device, dtype=torch.float32, new_rows=new_rows)
-        if isinstance(cfg, Options):
-            init_adapter(model, cfg.lora, self.new_ids, torch.Generator().manual_seed(cfg.run.seed))
+        generator = torch.Generator().manual_seed(cfg.run.seed)
+        if adapted:
+            init_adapter(model, cfg.lora, self.new_ids, generator)
             _move_adapter(model)
+        else:
+            init_new_rows(model, self.new_ids, generator)
         return model
 
     def batches(self, groups: Iterable[Iterable[int]], packing: bool = False) -> Iterator[Batch]:
@@ -241,6 +246,7 @@ def _one_of_two(number: int, port: int, subject: Subject, file: Path) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     cfg = subject.cfg
+    cfg = replace(cfg, model=replace(cfg.model, offload=[]))  # where weights lie between steps is no part of one
     join_processes(cfg.model, cfg.optim, replace(cfg.run, global_batch_size=2, micro_batch_size=1))
     device = torch.device("cuda", number) if subject.device.type == "cuda" else subject.device
     mine = replace(subject, device=device)

@@ -249,8 +249,9 @@ class Interval:
     def add(self, step: int, loss: Tensor, supervised: int, tokens: int, grad_norm: Tensor, found_inf: Tensor) -> None:
         """One optimizer step; does not wait for the device."""
         self.loss_sum += loss.detach()
+        found_inf = found_inf.to(self.loss_sum.device)  # from CPU memory, where the gradients are there
         self.first_bad_step = torch.where((self.first_bad_step == 0) & (found_inf > 0), step, self.first_bad_step)
-        self.grad_norm = grad_norm.detach()
+        self.grad_norm = grad_norm.detach().to(self.loss_sum.device)
         self.supervised += supervised
         self.tokens += tokens
         self.steps += 1

@@ -1,7 +1,7 @@
 """Find recipes and configs: by shipped name, by path, or by the name that torchtune had for them.
 
 Both are found by listing folders, torchft/recipes and torchft/configs; there is no list to keep. torchtune's option
-names are here too, each with what to write instead, so that notes and articles keep working.
+names are here too, each with what to write instead, so that notes and articles keep working; our own earlier ones, too.
 """
 
 import difflib
@@ -33,6 +33,8 @@ RECIPE_ALIASES = {
     "lora_dpo_distributed": "dpo_distributed",
 }
 FULL_DPO = "full_dpo_distributed"  # torchtune's too, but no alias: with a config for LoRA it would train an adapter
+
+MOVED_KEYS = {"lora.new_tokens": "data.new_tokens"}  # what our own options were called before
 
 _ADAPTER_MODULES = "lora.target_modules, a list of leaf names such as q_proj, down_proj, or all-linear"
 _BATCH = (
@@ -189,7 +191,9 @@ def find_recipe_or_config(name: str) -> Path:
 
 
 def old_key_advice(key: str) -> str:
-    """What to do about an option that only a torchtune config has, or one that names code; "" for any other key."""
+    """What to do about an option that had another name, that only torchtune has, or that names code; "" for any other key."""
+    if key in MOVED_KEYS:
+        return f"is called {MOVED_KEYS[key]} now, for all recipes"
     group, _, leaf = key.rpartition(".")
     advice = OLD_KEYS.get(key, OLD_KEYS.get(group.partition(".")[0], ""))
     advice = advice if advice.startswith("remove it") or not advice else f"use {advice}"

@@ -26,13 +26,13 @@ from torchft.config import OptimConfig
 from torchft.errors import ConfigError, UserError
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.nf4 import quiet_import
-from torchft.modules.sharding import local, num_parts
+from torchft.modules.sharding import local, num_parts, on_mesh
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 def build_optimizer(params: dict[str, nn.Parameter], cfg: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW over `params` (name -> Parameter, all on one device); 1-D parameters, embeddings and heads get no decay.
+    """AdamW over `params` (name -> Parameter, all in one place); 1-D parameters, embeddings and heads get no decay.
 
     `seed`, the run's, is that of adamw_bf16's rounding. Raises ConfigError where the parameters are not in the dtype that
     `optim.name` wants (fp32; bf16 for adamw_bf16), UserError where that is unknown, or needs what this machine lacks.
@@ -147,7 +147,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def norm_and_check(
     params: dict[str, nn.Parameter], max_norm: float, loss: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients' global norm, whether the step is not finite, and the factor that clips to `max_norm`, on the device.
+    """The gradients' global norm, whether the step is not finite, and the factor that clips, where the gradients are.
 
     `loss`: the step's, a scalar; over several processes the global one, so that the verdict is the same everywhere.
     Returns three fp32 scalars: the norm before clipping; found_inf (1.0 if the norm or the loss is not finite, else 0.0);
@@ -156,7 +156,8 @@ def norm_and_check(
     grads = [param.grad for param in params.values() if param.grad is not None]
     assert grads, "no parameter has a gradient: was backward called?"
     grad_norm = _global_norm(grads)
-    found_inf = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).float()
+    finite = torch.isfinite(loss).to(grad_norm.device)  # one wait, where gradients are in CPU memory and the loss is not
+    found_inf = (~(torch.isfinite(grad_norm) & finite)).float()
     # as torch.nn.utils.clip_grads_with_norm_
     return grad_norm, found_inf, (max_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else None
 
@@ -173,7 +174,7 @@ def _global_norm(grads: list[Tensor]) -> Tensor:
         if layout:
             mesh, placements = layout
             sums = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-            total = DTensor.from_local(total, mesh, sums, run_check=False).full_tensor()
+            total = on_mesh(total, mesh, sums).full_tensor()
         squares.append(total)
     return torch.stack(squares).sum().sqrt()
 

@@ -62,7 +62,7 @@ def padding_token(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[
             return token, number
     raise UserError(
         f"{tokenizer.path}: every control token ends an answer, and transformers scores the last token that is no padding: add "
-        "a padding token to the tokenizer (lora.new_tokens does not go with a reward model)"
+        "a padding token to the tokenizer (data.new_tokens does not go with a reward model)"
     )
 
 

@@ -88,7 +88,8 @@ def save_model(
         error = None
         if main:
             write_index(folder, shards, num_bytes)
-            write_config(base_path, read_config(base_path), folder, {}, dtype)
+            rows = {"vocab_size": model.config.vocab_size}  # more than the base's where tokens were added
+            write_config(base_path, read_config(base_path), folder, rows, dtype)
             copy_companions(base_path, folder)
             save_text(folder, tokenizer, template, base_path)
             error = _logit_error(folder, trained, num_bytes, dtype)

@@ -5,18 +5,38 @@ Random weights, fully supervised rows.
     python scripts/baselines/hf_peft.py --config DIR --max_seq_len 2048 --global_batch_size 4 --activation_checkpointing none
 
 DIR holds a config.json. Prints one JSON object: tokens/s (median of 10 steps after 5), peak allocated GiB, first and last loss.
+Under torchrun each process takes its share of the batch: adapters by DistributedDataParallel, the whole model by FSDP2, a
+layer at a time. Without a GPU it runs on the CPU, to see that it runs.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+KIND = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def distributed(model: nn.Module, full: bool, dtype: str) -> nn.Module:
+    """The model on several processes as its users would have it: all weights divided, or a frozen base on each."""
+    if not full:
+        return DistributedDataParallel(model, device_ids=[LOCAL_RANK] if KIND == "cuda" else None)
+    types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if dtype == "float32" else {}
+    mixed = MixedPrecisionPolicy(**types)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=mixed)
+    return fully_shard(model, mp_policy=mixed)
 
 
 def where_is(model: torch.nn.Module, name: str) -> str:
@@ -37,9 +57,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.quantize != "none":
         raise SystemExit("error: the baseline has no NF4 base (bitsandbytes is not used here)")
+    if WORLD > 1:
+        dist.init_process_group("nccl" if KIND == "cuda" else "gloo")
+    device = torch.device(KIND, LOCAL_RANK) if KIND == "cuda" else torch.device(KIND)
+    if KIND == "cuda":
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(args.config)
-    with torch.device("cuda"):
+    with device:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
     if not args.full:
         # A mixture's experts are stacked parameters there, and no linears: adapted by their names.
@@ -51,28 +76,36 @@ def main() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
+    if WORLD > 1:
+        model = distributed(model, args.full, args.dtype)
+        torch.manual_seed(LOCAL_RANK)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=2e-5 if args.full else 2e-4, weight_decay=0.0, fused=True)
+    in_bf16 = args.dtype == "float32" and not (args.full and WORLD > 1)  # FSDP2 casts by itself
     rates, losses = [], []
     for _ in range(15):
-        ids = torch.randint(0, 1024, (args.global_batch_size, args.max_seq_len), device="cuda")
-        torch.cuda.synchronize()
+        ids = torch.randint(0, 1024, (args.global_batch_size // WORLD, args.max_seq_len), device=device)
+        torch.cuda.synchronize() if KIND == "cuda" else None
         start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.dtype == "float32"):
+        with torch.autocast(KIND, torch.bfloat16, enabled=in_bf16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        rates.append(ids.numel() / (time.perf_counter() - start))
+        rates.append(WORLD * ids.numel() / (time.perf_counter() - start))
     result = {
         "tokens_per_s": round(statistics.median(rates[5:])),
-        "peak_alloc_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_alloc_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if KIND == "cuda" else 0.0,
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }
-    print(json.dumps(result))
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if LOCAL_RANK == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_the_choice_of_a_template(tmp_path):
     assert load_template("", tokenizer) is None  # enough for plain texts
     with pytest.raises(UserError, match=r"data\.chat_template: 'chatnl' is no file and none of chatml, alpaca"):
         load_template("chatnl", tokenizer)
-    with pytest.raises(UserError, match=r"control tokens <\|im_start\|> and <\|im_end\|>.*lora\.new_tokens"):
+    with pytest.raises(UserError, match=r"control tokens <\|im_start\|> and <\|im_end\|>.*data\.new_tokens"):
         load_template("chatml", tokenizer)
     file = tmp_path / "mine.jinja"
     file.write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")

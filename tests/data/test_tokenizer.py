@@ -219,7 +219,7 @@ def test_added_tokens_are_saved_and_transformers_reads_them(tmp_path):
     )
     again = load_tokenizer(tmp_path / "saved")
     assert again.special_tokens == tokenizer.special_tokens and again.encode_rendered(text, [(17, 26)])[0] == rendered
-    with pytest.raises(UserError, match=r"lora\.new_tokens: '<answer>' is empty, listed twice, or in the vocabulary"):
+    with pytest.raises(UserError, match=r"data\.new_tokens: '<answer>' is empty, listed twice, or in the vocabulary"):
         tokenizer.add_tokens(["<answer>"])
     with pytest.raises(UserError, match="listed twice"):
         tokenizer.add_tokens(["<n>", "<n>"])

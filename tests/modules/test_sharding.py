@@ -10,6 +10,7 @@ from tiny_training import hide_cuda
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from torchft.checks import KERNELS
@@ -128,3 +129,23 @@ def test_an_ordinary_tensor_is_all_held_here() -> None:
     value = torch.arange(12.0).view(3, 4)
     assert rows_held(value) == slice(0, 3)
     assert local(value) is value and whole(value) is value and cut(value, value) is value and gathered(value) is value
+
+
+def test_the_tables_are_gathered_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block for its forward and for its backward; what lies around them stays from one to the other, and no longer."""
+    original = _fsdp_param_group.foreach_all_gather
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        calls = []
+        monkeypatch.setattr(_fsdp_param_group, "foreach_all_gather", lambda *args: calls.append(1) or original(*args))
+        model = CausalLM(CONFIG)
+        model.init_weights(torch.Generator().manual_seed(0))
+        shard_model(model, init_device_mesh("cpu", (2,)))
+        for _ in range(2):
+            loss_of(model).backward()
+            assert all(isinstance(param, DTensor) for param in model.parameters())
+        assert len(calls) == 2 * (2 * CONFIG.num_hidden_layers + 1)
+        dist.destroy_process_group()
+
+    assert run_processes(2, work, tmp_path) == [0, 0], problems(tmp_path)

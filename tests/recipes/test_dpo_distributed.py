@@ -138,7 +138,7 @@ def test_a_resumed_run_is_the_same_bits(small_model: Path, pair_data: Path, stra
 REFUSED = {
     "lora.dropout=0.1": "compared without dropout",
     "lora.modules_to_save=[lm_head]": "cannot be trained here: the reference is the base model",
-    "lora.new_tokens=[<|a|>]": "cannot be trained here",
+    "data.new_tokens=[<|a|>]": "cannot be trained here",
     "dpo.loss=ipo dpo.label_smoothing=0.1": "has no effect on dpo.loss=ipo",
     "dpo.gamma=1": "has no effect on dpo.loss=sigmoid",
     "dpo.loss=orpo dpo.sft_weight=1": "dpo.loss=orpo has one",

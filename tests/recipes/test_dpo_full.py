@@ -174,7 +174,7 @@ REFUSED = {
     "lora.rank=0 lora.alpha=16": "lora.alpha has no effect with lora.rank=0, which trains all weights",
     "lora.rank=0 lora.dropout=0.1": "lora.dropout has no effect with lora.rank=0",
     "lora.rank=0 lora.modules_to_save=[lm_head]": "lora.modules_to_save has no effect with lora.rank=0",
-    "lora.rank=0 lora.new_tokens=[a]": "lora.new_tokens has no effect with lora.rank=0",
+    "lora.rank=0 data.new_tokens=[a]": "data.new_tokens and lora.rank=0 cannot go together",
     "lora.rank=0 model.quantize=nf4": "model.quantize stores weights that are not trained, and here all are",
     "lora.rank=0 dpo.loss=simpo dpo.reference=copy": "dpo.reference has no effect on dpo.loss=simpo, which needs no reference",
     "dpo.reference=copy": "dpo.reference can be chosen only where all weights are trained",

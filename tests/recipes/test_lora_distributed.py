@@ -62,7 +62,7 @@ VARIANTS = {
     "packed": ["data.packing=true", "run.global_batch_size=4", "data.max_seq_len=64"],
     "qlora": ["model.quantize=nf4"],
     "dora": ["lora.dora=true"],
-    "added tokens": ["lora.new_tokens=['<|a|>','<|b|>']"],
+    "added tokens": ["data.new_tokens=['<|a|>','<|b|>']"],
     "whole tables": ["lora.modules_to_save=[embed_tokens,lm_head]", "model.activation_checkpointing=full"],
     "base whole": ["model.shard=1"],
     "two copies": ["model.shard=2", "model.quantize=nf4"],

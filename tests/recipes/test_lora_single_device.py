@@ -196,7 +196,7 @@ def test_not_finite_stops_the_run_and_names_the_step(
         ["model.quantize=nf4"],
         ["lora.dora=true"],
         ["lora.rslora=true", "lora.modules_to_save=[embed_tokens,lm_head]"],
-        ["lora.new_tokens=['<|a|>','<|b|>']"],
+        ["data.new_tokens=['<|a|>','<|b|>']"],
         ["model.dtype=bfloat16", "data.packing=true"],
     ],
     ids=lambda more: more[0],
@@ -231,7 +231,7 @@ def test_keep_best_exports_the_lowest_validation_loss(
 
 def test_a_chosen_template_and_added_tokens_go_with_the_adapter(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
     """ChatML's tokens are added; a second run continues from the adapter alone and passes tokenizer and template on."""
-    chatml = ("data.chat_template=chatml", "lora.new_tokens=['<|im_start|>','<|im_end|>']")
+    chatml = ("data.chat_template=chatml", "data.new_tokens=['<|im_start|>','<|im_end|>']")
     recipe.main(options(small_model, chat_data, tmp_path / "a", *chatml))
     first = tmp_path / "a/adapter"
     assert "<|im_start|>" in (first / "chat_template.jinja").read_text()

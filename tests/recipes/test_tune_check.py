@@ -67,9 +67,10 @@ def test_nothing_differs_on_two_processes_either(config: Callable, capsys: pytes
 
 
 SMALLEST = ["model.quantize=nf4_int8_head", "model.offload=[embeddings]"]
+ADDED = ["data.new_tokens=['<|a|>']"]
 
 
-@pytest.mark.parametrize("kind, more", [("full", []), ("qlora", SMALLEST), ("lora", ["lora.dora=true"])])
+@pytest.mark.parametrize("kind, more", [("full", ADDED), ("qlora", SMALLEST), ("lora", ["lora.dora=true"])])
 def test_nothing_differs(
     kind: str, more: list[str], config: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

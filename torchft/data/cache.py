@@ -45,7 +45,7 @@ def cache_key(
         "sources": [dataclasses.asdict(source) for source in sources],
         "data": [hash_source(source, f"{key}[{number}]") for number, source in enumerate(sources)],
         "tokenizer": [(file.name, _hash_file(file)) for file in tokenizer.files],
-        "added": tokenizer.added,  # by lora.new_tokens: they are in no file yet
+        "added": tokenizer.added,  # by data.new_tokens: they are in no file yet
         "special_tokens": tokenizer.special_tokens,
         "template": template and [template.source, template.tools_source, template.special],
         "code": [_hash_file(file) for file in sorted(CODE.glob("*.py"))],

@@ -154,7 +154,7 @@ def load_template(choice: str, tokenizer: Tokenizer, new_tokens: Sequence[str] =
     if missing:
         raise UserError(
             f"data.chat_template: chatml needs the control tokens {' and '.join(missing)}, which {tokenizer.path} "
-            f"lacks: choose another template, or, to train adapters, add them (lora.new_tokens={missing})"
+            f"lacks: choose another template, or add them (data.new_tokens={missing})"
         )
     return ChatTemplate(source, tokenizer.named, None if choice else tokenizer.tools_template, name)
 

@@ -110,11 +110,11 @@ class Tokenizer:
             UserError: a token exists, is empty or repeated, or the tokenizer is no tokenizer.json.
         """
         if not isinstance(self.backend, HubBackend):
-            raise UserError(f"lora.new_tokens: {self.path} has no tokenizer.json to add tokens to; convert it first")
+            raise UserError(f"data.new_tokens: {self.path} has no tokenizer.json to add tokens to; convert it first")
         library = self.backend.tokenizer
         for token in tokens:
             if not token.strip() or library.token_to_id(token) is not None or list(tokens).count(token) > 1:
-                raise UserError(f"lora.new_tokens: {token!r} is empty, listed twice, or in the vocabulary already")
+                raise UserError(f"data.new_tokens: {token!r} is empty, listed twice, or in the vocabulary already")
         library.add_tokens([tokenizers.AddedToken(t, normalized=False, special=t in template) for t in tokens])
         ids = [library.token_to_id(token) for token in tokens]
         self.special_tokens |= {token: i for token, i in zip(tokens, ids, strict=True) if token in template}
