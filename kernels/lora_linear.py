@@ -134,18 +134,11 @@ def extended_weight(group: Group, dtype: torch.dtype, eager: bool, adapters_only
     return extended
 
 
-def project(
-    wide: Tensor, extended: Tensor, pad: int, bias: Tensor | None, skipped: bool = False
-) -> tuple[Tensor, Tensor]:
-    """wide (T, D + P) with x in its first D columns, the others are filled here -> y (T, O), x (sA)^T (T, P).
-
-    skipped: y is memory that nobody has written; of E the last P rows are enough.
-    """
+def project(wide: Tensor, extended: Tensor, pad: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """wide (T, D + P) with x in its first D columns, the others are filled here -> y (T, O), x (sA)^T (T, P)."""
     width, out_width = wide.shape[1] - pad, extended.shape[0] - pad
     torch.mm(wide[:, :width], extended[out_width:, :width].T, out=wide[:, width:])
     weight = extended[:out_width].T
-    if skipped:
-        return wide.new_empty(len(wide), out_width), wide[:, width:].clone()
     y = wide @ weight if bias is None else torch.addmm(bias, wide, weight)  # rounded once, with the bias in it
     return y, wide[:, width:].clone()  # so that the rest of `wide` can go
 

@@ -158,10 +158,11 @@ def _eager_backward(
 ) -> None:
     gate, up, dact = inputs[0].float(), inputs[1].float(), dact.float()
     value, slope = _eager_act(gate, activation)
-    grads[0].copy_(dact * up * slope)
-    grads[1].copy_(dact * value)
+    results = dact * up * slope, dact * value, value * up  # all of them before any is written: inputs may lie there
+    grads[0].copy_(results[0])
+    grads[1].copy_(results[1])
     if act is not None:
-        act.copy_(value * up)
+        act.copy_(results[2])
 
 
 def _check(name: str, tensor: Tensor, activation: str, eager: bool) -> None:
@@ -204,19 +205,25 @@ def swiglu(gate_up: Tensor, out: Tensor, *, activation: str = "silu", eager: boo
 
 
 def swiglu_backward(
-    dact: Tensor, gate_up: Tensor, act_out: Tensor | None, *, activation: str = "silu", eager: bool = False
+    dact: Tensor,
+    gate_up: Tensor,
+    act_out: Tensor | None,
+    *,
+    inplace: bool = False,
+    activation: str = "silu",
+    eager: bool = False,
 ) -> Tensor:
     """d gate_up, (T, 2F) contiguous, of `swiglu` at the gradient dact (T, F) of its result, any row stride.
 
-    act_out, (T, F) with any row stride from F on: where it is given, act(gate) up is written into it again. gate_up,
-    dtypes, `activation` and errors as in `swiglu`.
+    act_out, (T, F) with any row stride from F on, may be dact: where it is given, act(gate) up is written into it again.
+    inplace: the result takes the place of gate_up. gate_up, dtypes, `activation` and errors as in `swiglu`.
     """
     _check("gate_up", gate_up, activation, eager)
     gate, up = _halves(gate_up)
     launch.check_rows("dact", dact, tuple(gate.shape), gate.dtype)
     if act_out is not None:
         _check_output("act_out", act_out, gate_up)
-    grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    grad = gate_up if inplace else torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     _backward(dact, (gate, up), _halves(grad), act_out, (activation, eager))
     return grad
 

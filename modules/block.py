@@ -24,6 +24,8 @@ class Block(nn.Module):
     base_stays = True  # whether frozen weights stay where they are; False once shard_model divides them
     recomputed = False  # whether its forward runs again in backward: set by apply_activation_checkpointing
     replayed = False  # during that second time, when only what it saves is wanted and not what it returns
+    split = False  # whether that is so for its feed forward alone, the rest being kept; of blocks that can do it
+    splits = False  # whether it can
     draws = True  # whether its forward may draw random numbers (dropout)
     compilable = True  # whether torch.compile has something to gain
     norms = ("input_layernorm", "post_attention_layernorm")
@@ -42,6 +44,10 @@ class Block(nn.Module):
         """h (B, T, D) -> (B, T, D); the other arguments are the attention's."""
         h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache, start)
         return h + self.mlp(self.post_attention_layernorm(h))
+
+    def bytes_beside(self) -> int:
+        """What the block holds where nothing of it is recomputed, beside its parameters and what autograd saves."""
+        return 0
 
 
 class ScaledBlock(Block):

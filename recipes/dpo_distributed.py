@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
 from torchft.checkpoint import StopSignal, find_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, PreferenceOptions, RunConfig, resolve_path
@@ -49,7 +50,6 @@ from torchft.launch import tune_command
 from torchft.losses import REFERENCE_FREE, figures, kl_estimate, preference_loss, sum_by_answer
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
-from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import adapters_off, trainable_parameters
 from torchft.modules.transformer import CausalLM
@@ -149,7 +149,7 @@ def main(cfg: Config) -> None:
     for line in store_frozen(model, cfg.model.quantize, cfg.model.offload):
         log.print(line)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
-    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, "activations" in cfg.model.offload)
+    activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)
     dtype = getattr(torch, cfg.model.dtype)  # to compute and export in, and of a base below an adapter
     kept = dtype if not full or cfg.optim.name == "adamw_bf16" else torch.float32  # of the weights; an adapter's are in fp32
@@ -228,6 +228,7 @@ def main(cfg: Config) -> None:
             step_optimizer(optimizer, found_inf, clip)  # a step that is not finite is skipped, and the log stops the run
             optimizer.zero_grad()
         log.figures(pairs, dict(zip(logged, sums, strict=True)))
+        activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 

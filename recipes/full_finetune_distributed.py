@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from torchft.activations import ActivationMemory
 from torchft.checkpoint import StopSignal, find_checkpoint
 from torchft.config import DataConfig, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -43,7 +44,6 @@ from torchft.in_backward import StepInBackward
 from torchft.launch import tune_command
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
-from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.transformer import CausalLM
@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
         model = build_model(read_config(path))
     new_rows = grow_vocab(model, new_ids)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
-    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, "activations" in cfg.model.offload)
+    activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)
     dtype = getattr(torch, cfg.model.dtype)  # to compute and export in
     kept = dtype if cfg.optim.name == "adamw_bf16" else torch.float32  # of the weights that are trained
@@ -176,6 +176,7 @@ def main(cfg: Config) -> None:
             grad_norm, found_inf, clip = norm_and_check(params, cfg.optim.max_grad_norm, loss)
             step_optimizer(optimizer, found_inf, clip)  # a step that is not finite is skipped, and the log stops the run
             optimizer.zero_grad()
+        activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 

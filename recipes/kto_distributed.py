@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, KtoOptions, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
@@ -46,7 +47,6 @@ from torchft.launch import tune_command
 from torchft.losses import kto, sum_by_answer, verdict_means, verdict_sums
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
-from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import adapters_off, trainable_parameters
 from torchft.modules.transformer import CausalLM
@@ -150,7 +150,7 @@ def main(cfg: Config) -> None:
     for line in store_frozen(model, cfg.model.quantize, cfg.model.offload):
         log.print(line)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
-    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, "activations" in cfg.model.offload)
+    activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)
     log.print(str(divide(model, cfg.model, device)))
     dtype = getattr(torch, cfg.model.dtype)  # of the base; what is trained is kept in fp32
@@ -218,6 +218,7 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad()
         logged = verdict_means(torch.stack(sums), kl)
         log.figures(len(samples_now), {name: value * len(samples_now) for name, value in logged.items()})
+        activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 

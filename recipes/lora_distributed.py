@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
@@ -43,7 +44,6 @@ from torchft.hf_checkpoint import fingerprint
 from torchft.launch import tune_command
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
-from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.transformer import CausalLM
@@ -115,7 +115,7 @@ def main(cfg: Config) -> None:
     for line in store_frozen(model, cfg.model.quantize, cfg.model.offload):
         log.print(line)
     log.print(str(fuse(model, cfg.model.kernels, device)))  # delete this line for plain PyTorch
-    apply_activation_checkpointing(model, cfg.model.activation_checkpointing, "activations" in cfg.model.offload)
+    activations = ActivationMemory(model, cfg.model, cfg.data, run, device, log)  # recomputed, offloaded, or what fits
     compile_blocks(model, cfg.model.compile, device, log.print)
     log.print(str(divide(model, cfg.model, device)))
     dtype = getattr(torch, cfg.model.dtype)  # of the base; what is trained is kept in fp32
@@ -174,6 +174,7 @@ def main(cfg: Config) -> None:
         grad_norm, found_inf = clip_and_check(params, cfg.optim.max_grad_norm, loss)
         step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
         optimizer.zero_grad()
+        activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()
 

@@ -13,7 +13,8 @@ record's peak_alloc_gib allows.
 
 Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
-measured: median tokens/s, its spread, and the peak of allocated memory over the whole run. Baselines run in the same call on the
+measured: median tokens/s, its spread, and the peak of allocated memory over the whole run; with activation checkpointing, also how
+many blocks recompute at least a part, and how much a step sends to CPU memory. Baselines run in the same call on the
 same GPUs: hf_peft (transformers + peft; on several, of full_ cases transformers under FSDP2), and, on one, plain, the best of the recipe without kernels over {eager, compile} x {flash,
 cuDNN attention}; all four are in the record. The cases of DPO are in bench_dpo.py. Leaves out: loading weights from files, and
 any claim about quality.
@@ -182,6 +183,7 @@ def reduce_log(records: list[dict]) -> dict:
         "peak_alloc_gib": round(max(r["peak_memory_gib"] for r in records), 2),
         "loss_first": records[0]["loss"],
         "loss_last": records[-1]["loss"],
+        **{name: records[-1][name] for name in ("recomputed_blocks", "offloaded_gib") if name in records[-1]},
     }
 
 

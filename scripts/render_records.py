@@ -24,6 +24,14 @@ To run a row again: `git checkout COMMIT` and the command.
 """
 
 
+def recomputed(record: dict) -> str:
+    """How that was reached, where the record says it."""
+    if "recomputed_blocks" not in record:
+        return ""
+    offloaded = f", {record['offloaded_gib']} GiB offloaded" if record["offloaded_gib"] else ""
+    return f" ({record['recomputed_blocks']} blocks recomputed{offloaded})"
+
+
 def row(record: dict) -> str:
     """One table row. Ratios are our tokens/s over the baseline's."""
     low, high = record["tokens_per_s_min_max"]
@@ -35,7 +43,7 @@ def row(record: dict) -> str:
     cells = [
         f"`{record['case']}`",
         f"{record['tokens_per_s']:,} ({low:,} to {high:,})",
-        f"{record['peak_alloc_gib']:.2f}",
+        f"{record['peak_alloc_gib']:.2f}{recomputed(record)}",
         f"{record['loss_first']:.3f}, {record['loss_last']:.3f}",
         baselines or "none",
         f"{record['num_gpus']} x {record['gpu']}",

@@ -21,7 +21,7 @@ from torchft.fuse import swap
 from torchft.kernels import int8_rows, launch, lora_linear, rms_norm, rope
 from torchft.kernels import linear_cross_entropy as loss_kernel
 from torchft.models import build_model
-from torchft.modules import checkpointing, nf4
+from torchft.modules import nf4, offload
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.host_embedding import HostEmbedding
 from torchft.modules.lora import LoraSpec, add_lora, trainable_parameters
@@ -83,21 +83,6 @@ class _Loss(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None, None, None
 
 
-class _Offloaded:
-    """checkpointing._Offloaded, with the host's memory left out."""
-
-    def __init__(self, x: Tensor, before: "_Offloaded | None", stream: None) -> None:
-        self.before, self.shape, self.dtype, self.arriving = before, x.shape, x.dtype, None
-
-    def start(self) -> None:
-        if self.arriving is None:
-            self.arriving = torch.empty(self.shape, dtype=self.dtype, device="meta")
-
-    fetch = checkpointing._Offloaded.fetch
-
-    stream = None
-
-
 def _input_gradient(dlogits: Tensor, codes: Tensor, scale: Tensor | None, out: Tensor, eager: bool) -> None:
     """What int8_rows.input_gradient_into makes on CUDA."""
     if scale is not None:
@@ -115,7 +100,10 @@ def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_linear, "_write_adapter", lambda *args: None)
     monkeypatch.setattr(loss_kernel, "input_gradient_into", _input_gradient)
     monkeypatch.setattr(fused_block, "attend", lambda q, k, v, mask: _Attention.apply(q, k, v))
-    monkeypatch.setattr(checkpointing, "_Offloaded", _Offloaded)
+    # The host's memory is left out; a meta tensor's has no address.
+    monkeypatch.setattr(offload.HostMemory, "take", lambda self, num_bytes: torch.empty(0, dtype=torch.uint8))
+    monkeypatch.setattr(offload.Link, "send", lambda self, copies: None)
+    monkeypatch.setattr(offload, "address", lambda x: x.untyped_storage()._cdata)
     rows = lambda self, ids: torch.empty(*ids.shape, self.embedding_dim, dtype=self.weight.dtype, device="meta")  # noqa: E731
     monkeypatch.setattr(HostEmbedding, "forward", rows)
 
@@ -136,15 +124,15 @@ def _fill(model: CausalLM) -> None:
 
 
 def step_peak(
-    config: dict[str, Any], quantize: str, offload: list[str], *, tokens: int, state_bytes: float, monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any], quantize: str, offloaded: list[str], *, tokens: int, state_bytes: float, monkeypatch: pytest.MonkeyPatch
 ) -> int:
     """Bytes, for adapters of rank 16 on all linears, everything recomputed; state_bytes: the optimizer's per trained parameter."""
     with torch.device("meta"):
         model = build_model(config).to(torch.bfloat16)
     add_lora(model, LoraSpec(16, 32.0))
-    store_frozen(model, quantize, offload)
+    store_frozen(model, quantize, offloaded)
     swap(model, ())
-    apply_activation_checkpointing(model, "full", "activations" in offload)
+    apply_activation_checkpointing(model, "full", "activations" in offloaded)
     model.head_loss = lambda hidden, weight, labels, scale: _Loss.apply(hidden, weight, labels, scale)
     with monkeypatch.context() as patch, Live() as live:
         _no_kernels(patch)

@@ -176,6 +176,8 @@ def test_validate_says_which_checkpoint_is_continued_and_who_takes_a_division(wo
     lines = capsys.readouterr().out.splitlines()
     assert "resume: no usable checkpoint in out, starting from the beginning" in lines
     assert "        model.shard=4: for recipes on several processes alone, on a number of processes that 4 divides" in lines
+    cli.main(["validate", "c.yaml", "model.activation_checkpointing=auto", "model.offload=[activations]"])
+    assert "        model.activation_checkpointing=auto: on a GPU, two steps show how many blocks must be" in capsys.readouterr().out
     cli.main(["validate", "c.yaml", "model.shard=all"])
     assert "        model.shard=all: for recipes on several processes alone\n" in capsys.readouterr().out
 

@@ -412,6 +412,8 @@ def test_an_error_file_has_torchruns_format(tmp_path, monkeypatch):
 
 
 def test_describe():
+    from torch import OutOfMemoryError
+
     def caught(error: BaseException) -> tuple[str, int]:
         try:
             raise error
@@ -427,6 +429,9 @@ def test_describe():
         assert crash.describe(type(error), error, error.__traceback__) == (f"error: {error}", 1)
     text, code = caught(ValueError("a"))
     assert text.startswith("Traceback") and text.endswith("ValueError: a") and code == 1
+    text, code = caught(OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "Tried to allocate 2 GiB\nerror: the GPU's memory ran out" in text and code == 1
+    assert "model.activation_checkpointing=auto" in text and "run.micro_batch_size" in text
 
 
 def test_require_single_process(monkeypatch):

@@ -65,6 +65,18 @@ def test_a_record_is_the_mean_over_tokens_since_the_last(tmp_path: Path) -> None
     assert validated == {"step": 5, "valid_loss": 0.25, "exact_match": None}  # strict JSON knows no NaN
 
 
+def test_a_constant_is_in_every_record_from_then_on(tmp_path: Path) -> None:
+    log = make_logger(tmp_path)
+    log.begin(total_steps=3, steps_per_epoch=3)
+    log_steps(log, 1, 1)
+    log.constant(recomputed_blocks=4, offloaded_gib=0.5)
+    log_steps(log, 2, 2)
+    log.constant(offloaded_gib=0.25)
+    log_steps(log, 3, 3)
+    log.close()
+    assert [(r.get("recomputed_blocks"), r.get("offloaded_gib")) for r in records(tmp_path)] == [(None, None), (4, 0.5), (4, 0.25)]
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_log_is_the_uninterrupted_one(stop: int, tmp_path: Path) -> None:
     """Stopped in the middle of an interval, too; what the killed run logged after the checkpoint is cut away."""

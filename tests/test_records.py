@@ -1,5 +1,6 @@
 """docs/RECORDS.md says what docs/records.jsonl says, and every record is complete."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -34,3 +35,14 @@ def test_records_are_complete(repo: Path) -> None:
         record = json.loads(line)
         assert record.keys() >= FIELDS, FIELDS - record.keys()
         assert re.fullmatch(r"[a-z]+_\w+_\w+_\d+x\d+_(ac|noac)", record["case"]), record["case"]
+
+
+def test_a_record_says_how_much_was_recomputed_and_offloaded(repo: Path) -> None:
+    spec = importlib.util.spec_from_file_location("render_records", repo / "scripts" / "render_records.py")
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    record = json.loads((repo / "docs/records.jsonl").read_text().splitlines()[0]) | {"peak_alloc_gib": 17.25}
+    assert "| 17.25 |" in render.row(record)
+    record |= {"recomputed_blocks": 32, "offloaded_gib": 8.43}
+    assert "| 17.25 (32 blocks recomputed, 8.43 GiB offloaded) |" in render.row(record)
+    assert "| 17.25 (32 blocks recomputed) |" in render.row(record | {"offloaded_gib": 0.0})

@@ -91,9 +91,9 @@ def check_options(values: dict[str, Any]) -> Problems:
 def _check_model(values: dict[str, Any]) -> Problems:
     problems: Problems = []
     mode = values.get("model.activation_checkpointing", "none")
-    if mode not in ("none", "full") and not re.fullmatch(r"every_[1-9][0-9]{0,3}", mode):
+    if mode not in ("none", "full", "auto") and not re.fullmatch(r"every_[1-9][0-9]{0,3}", mode):
         problems.append(
-            ("model.activation_checkpointing", f"is {show(mode)}; write none, full or every_<n>, such as every_2")
+            ("model.activation_checkpointing", f"is {show(mode)}; write none, full, auto or every_<n>, such as every_2")
         )
     shard = values.get("model.shard", "auto")
     if shard not in ("auto", "all") and not re.fullmatch(r"[1-9][0-9]{0,5}", shard):

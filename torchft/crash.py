@@ -20,6 +20,11 @@ from torchft.ranks import rank
 MODELS = (Path(__file__).parent / "models").resolve()
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 GAVE_UP = re.compile(r"time(d )?out", re.IGNORECASE)  # an error of a process that waited for another in vain
+NO_MEMORY = (
+    "the GPU's memory ran out. Least is lost by model.activation_checkpointing=auto, which recomputes what does not fit; then come "
+    "full, model.offload=[activations] beside it, a lower run.micro_batch_size, model.quantize=nf4, a lower data.max_seq_len. "
+    "Where much was free in pieces, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment helps"
+)
 LOOKING_SECONDS = 0.5  # between two looks at whether another process has failed
 SPEAKING_SECONDS = 2  # for all of them to have looked, and said where they stand, before the first one leaves
 
@@ -81,7 +86,8 @@ def describe(kind: type[BaseException], error: BaseException, trace: TracebackTy
         return "interrupted", INTERRUPTED
     if issubclass(kind, UserError) or (kind is ValueError and raised_in_models(trace)):
         return f"error: {error}", 2 if issubclass(kind, ConfigError) else 1
-    return "".join(traceback.format_exception(kind, error, trace)).rstrip(), 1
+    text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+    return f"{text}\nerror: {NO_MEMORY}" if kind.__name__ == "OutOfMemoryError" else text, 1
 
 
 def raised_in_models(trace: TracebackType | None) -> bool:

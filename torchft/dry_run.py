@@ -225,6 +225,8 @@ def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset |
     trained = sum(param.numel() for param in trainable_parameters(model).values())
     total = sum(param.numel() for param in model.parameters())
     print(f"model   ok: {total:,} parameters, {trained:,} of them trained")
+    if cfg.model.activation_checkpointing == "auto":
+        reports.append("model.activation_checkpointing=auto: on a GPU, two steps show how many blocks must be recomputed")
     if cfg.model.shard != "auto":
         processes = f", on a number of processes that {cfg.model.shard} divides" if cfg.model.shard.isdecimal() else ""
         reports.append(f"model.shard={cfg.model.shard}: for recipes on several processes alone{processes}")
@@ -279,7 +281,7 @@ def frozen_bytes(model: "CausalLM", dtype: str) -> float:
     """Bytes that the frozen weights take on the device: NF4 in 4 bits, FP8 and int8 in 8, the others in `dtype`; with their
     scales. An embedding in CPU memory takes none.
 
-    Where nothing is recomputed, fused FP8 blocks keep each weight's transpose too, see torchft/fused_fp8.py.
+    Where nothing is recomputed, fused FP8 blocks keep each weight's transpose too, see torchft/fused_fp8.py; `auto` counts it.
     """
     from torchft.modules.fp8 import is_fp8
     from torchft.modules.host_embedding import host_tables

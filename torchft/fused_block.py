@@ -16,6 +16,7 @@ from torchft.kernels.rope import rope, rope_split
 from torchft.modules import nf4
 from torchft.modules.attention import LayerCache, Mask, attend
 from torchft.modules.block import Block
+from torchft.modules.checkpointing import run_again
 from torchft.modules.feed_forward import PackedFeedForward
 from torchft.modules.lora import LoRALinear
 
@@ -27,6 +28,7 @@ class FusedBlock(Block):
     """The parameters of a Block under the same names, and what it computes. Made by torchft.fuse."""
 
     draws = False  # no dropout: fuse leaves blocks that have it as they are
+    splits = True
     compilable = False  # its ops are opaque, and there is nothing left between them
 
     def __init__(self, block: Block, eager: str) -> None:
@@ -46,8 +48,15 @@ class FusedBlock(Block):
         """As Block.forward."""
         if cache is not None:
             return super().forward(h, cos, sin, mask, cache, start)
-        attention, mlp, eager = self.self_attn, self.mlp, self.eager
-        flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
+        flat, delta = self._attention_half(h, cos, sin, mask)
+        if self.split and torch.is_grad_enabled():
+            return run_again(self._mlp_half, flat, delta, draws=False).view(h.shape)
+        return self._mlp_half(flat, delta, self.replayed).view(h.shape)
+
+    def _attention_half(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """h and what attention adds to it, (B * T, D) each."""
+        attention, eager = self.self_attn, self.eager
+        flat = h.reshape(-1, h.shape[-1])
         norm = self.input_layernorm
         group, bias = self._group(attention, self.qkv)
         _, qkv = lora_norm_linear(flat, None, norm.weight, norm.eps, group, bias, eager)
@@ -55,14 +64,17 @@ class FusedBlock(Block):
         del qkv  # of 2,048 tokens of 8B 24 MiB, while the rest of the block has its largest tensors
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         group, bias = self._group(attention, O)
-        delta = lora_linear(y.reshape(len(flat), -1), group, bias, eager)
+        return flat, lora_linear(y.reshape(len(flat), -1), group, bias, eager)
 
-        norm = self.post_attention_layernorm
+    def _mlp_half(self, flat: Tensor, delta: Tensor, replayed: bool) -> Tensor:
+        """h + delta and what the feed forward adds to it, (B * T, D); without the latter if `replayed`."""
+        mlp, norm, eager = self.mlp, self.post_attention_layernorm, self.eager
         group, bias = self._group(mlp, self.gate_up)
         total, gate_up = lora_norm_linear(flat, delta, norm.weight, norm.eps, group, bias, eager)
         group, bias = self._group(mlp, DOWN)
-        y = lora_swiglu_linear(gate_up, group, bias, "silu", eager, self.replayed)
-        return (total if self.replayed else total + y).view(h.shape)
+        time = "again" if replayed else "first" if self.recomputed else "only"
+        y = lora_swiglu_linear(gate_up, group, bias, "silu", eager, time)
+        return total if replayed else total + y
 
     @property
     def scale(self) -> float:

@@ -16,8 +16,9 @@ from torchft.kernels.fp8_linear import Fp8Group, above_each_other, fp8_linear, w
 from torchft.kernels.fp8_mlp import Mlp, fp8_mlp
 from torchft.kernels.fp8_norm_linear import fp8_norm_linear
 from torchft.kernels.fp8_transpose import transpose
-from torchft.modules.attention import LayerCache, Mask, attend
+from torchft.modules.attention import Mask, attend
 from torchft.modules.block import Block
+from torchft.modules.fp8 import is_fp8
 
 
 class FusedFp8Block(FusedBlock):
@@ -28,23 +29,25 @@ class FusedFp8Block(FusedBlock):
         self.flipped: dict[str, Tensor] = {}  # kept transposes, by the group's first linear
         self.scales: dict[str, tuple[list[Tensor], Tensor, Tensor]] = {}  # see _scales
 
-    def forward(
-        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
-    ) -> Tensor:
-        """As Block.forward."""
-        if cache is not None:
-            return Block.forward(self, h, cos, sin, mask, cache, start)
-        attention, mlp, eager = self.self_attn, self.mlp, self.eager
-        flat = h.reshape(-1, h.shape[-1])  # (B * T, D)
-        norm = self.input_layernorm
+    def _attention_half(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """As FusedBlock's."""
+        attention, norm, eager = self.self_attn, self.input_layernorm, self.eager
+        flat = h.reshape(-1, h.shape[-1])
         flat, qkv = fp8_norm_linear(flat, norm.weight, norm.eps, *self._fp8_group(attention, self.qkv), eager)
         q, k, v = self._rotated(qkv.view(*h.shape[:2], -1), cos, sin)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
-        delta = fp8_linear(y.reshape(len(flat), -1), *self._fp8_group(attention, O), eager)
-        norm = self.post_attention_layernorm
+        return flat, fp8_linear(y.reshape(len(flat), -1), *self._fp8_group(attention, O), eager)
+
+    def _mlp_half(self, flat: Tensor, delta: Tensor, replayed: bool) -> Tensor:
+        """As FusedBlock's."""
+        norm, mlp = self.post_attention_layernorm, self.mlp
         groups = *self._fp8_group(mlp, self.gate_up), *self._fp8_group(mlp, DOWN)
-        total, y = fp8_mlp(flat, delta, Mlp(norm.weight, norm.eps, *groups, eager, self.replayed))
-        return (total if self.replayed else total + y).view(h.shape)
+        total, y = fp8_mlp(flat, delta, Mlp(norm.weight, norm.eps, *groups, self.eager, replayed))
+        return total if replayed else total + y
+
+    def bytes_beside(self) -> int:
+        """The transposes, see above."""
+        return sum(param.numel() for param in self.parameters() if is_fp8(param)) if self.base_stays else 0
 
     def _fp8_group(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Fp8Group, Tensor | None]:
         """These linears of `parent` as one, and their biases."""

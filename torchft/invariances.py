@@ -1,7 +1,7 @@
 """`tune check`: on a user's own config, data and machine, what must not change a step does not change it.
 
 The gradients of one optimizer step over a few rows of the config's data, in fp32, computed plainly (one batch, no packing, plain
-modules, one process), are held against the same step cut, packed, recomputed, compiled, fused, kernel by kernel, and divided over two
+modules, one process), are held against the same step cut, packed, recomputed, offloaded, compiled, fused, kernel by kernel, and divided over two
 processes. Difference: ||g - g'|| / ||g'|| per parameter tensor, tensors below 1e-6 of the largest norm against the norm of all.
 Exempt, because they change a step by design: dropout (switched off here), FP8's dynamic scales, KTO's KL baseline. Left out: the
 optimizer's update, and whatever a recipe's own text was edited to do.
@@ -33,7 +33,7 @@ from torchft.errors import UserError
 from torchft.fuse import swap, why_no_kernels
 from torchft.models import build_model
 from torchft.models import read_config as read_model_config
-from torchft.modules.checkpointing import apply_activation_checkpointing
+from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.lora import trainable_parameters
 from torchft.modules.sharding import cut, local, whole
@@ -164,9 +164,10 @@ def list_checks(subject: Subject) -> Iterator[Check]:
     yield Check("one row at a time", "run.micro_batch_size=1", lambda: step(alone))
     yield Check("two rows at a time", "run.micro_batch_size=2", lambda: step(pairs))
     yield Check("packed rows", "data.packing=true", lambda: step(packed, packing=True), no_pair)
-    for mode in ("full", "every_2"):
-        prepare = lambda model, mode=mode: apply_activation_checkpointing(model, mode)  # noqa: E731
+    for mode in ("full", "every_2", "auto"):
+        prepare = lambda model, mode=mode: _recompute(model, mode)  # noqa: E731
         yield Check(f"recomputed, {mode}", f"model.activation_checkpointing={mode}", lambda prepare=prepare: step([samples], prepare=prepare))
+    yield Check("offloaded", "model.offload=[activations]", lambda: step([samples], prepare=_offload))
     compiled = lambda model: compile_blocks(model, "on", subject.device, lambda text: None)  # noqa: E731
     yield Check("compiled", "model.compile=on", lambda: step([samples], prepare=compiled), _why_not_compiled(subject))
     for name, eager, skipped in _kernel_cases(subject):
@@ -175,6 +176,20 @@ def list_checks(subject: Subject) -> Iterator[Check]:
         label = f"kernel {name}" if name in KERNELS else name
         yield Check(label, option, lambda fused=fused: step([samples], prepare=fused), skipped)
     yield Check("two processes", "--nproc_per_node 2", lambda: _on_two_processes(subject), _why_not_divided(subject))
+
+
+def _recompute(model: CausalLM, mode: str) -> None:
+    """auto: one of the numbers of blocks that may come out of it."""
+    if mode == "auto":
+        recompute_blocks(model, range(len(model.model.layers) // 2), offload=False)
+    else:
+        apply_activation_checkpointing(model, mode)
+
+
+def _offload(model: CausalLM) -> None:
+    """With blocks folded where they can be, of which most travels."""
+    swap(model, tuple(name for name in KERNELS if name != "lora"))
+    apply_activation_checkpointing(model, "full", offload=True)
 
 
 def _why_not_compiled(subject: Subject) -> str:

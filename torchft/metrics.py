@@ -55,6 +55,7 @@ class RunLogger:
             raise UserError(f"run.out={run.out} cannot be written: {error.strerror}; choose another directory") from None
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._interval = Interval(device)
+        self._constants: dict[str, float] = {}
         for group, options in self._config.items():
             text = f"{group}={options}"
             if isinstance(options, dict):
@@ -119,6 +120,10 @@ class RunLogger:
         """
         self._interval.add_figures(count, sums)
 
+    def constant(self, **figures: float) -> None:
+        """What all records hold from here on, until it is told again."""
+        self._constants |= figures
+
     def step(
         self, step: int, *, loss: Tensor, supervised: int, tokens: int, lr: float, grad_norm: Tensor, found_inf: Tensor
     ) -> None:
@@ -147,6 +152,7 @@ class RunLogger:
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
             "mfu": round(rate * self._flops_per_token / (self._peak * world_size()), 4) if self._peak else None,
             "eta_s": round((self._total_steps - step) * self._clock.seconds_per_step(), 1),
+            **self._constants,
         }
         interval.reset()
         self._write(record)

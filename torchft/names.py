@@ -94,7 +94,7 @@ OLD_KEYS = {  # torchtune's option -> ours, or why it is not needed
     "device": "remove it: CUDA is used where there is one, else the CPU",
     "enable_activation_checkpointing": "model.activation_checkpointing=full",
     "enable_activation_offloading": "model.offload=[activations]",
-    "ac_mode": "model.activation_checkpointing: none, full or every_<n>",
+    "ac_mode": "model.activation_checkpointing: none, full, auto or every_<n>",
     "ac_option": "model.activation_checkpointing=every_<n>",
     "metric_logger": "run.trackers=[tensorboard] or [wandb:PROJECT]; a JSONL log is always written to run.out",
     "metric_logger.project": "run.trackers=[wandb:PROJECT]",

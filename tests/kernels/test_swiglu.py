@@ -92,6 +92,17 @@ def test_strided_rows_are_read_and_written_within_themselves(activation, eager):
 
 
 @pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_the_gradient_may_take_the_place_of_the_inputs(dtype, eager):
+    """Each element is read before it is written, in either twin: bit for bit what it is elsewhere."""
+    gate_up, dact = problem(37, 1100, dtype)
+    again = torch.empty(37, 1100, dtype=dtype, device=DEVICE)
+    expected = swiglu_backward(dact, gate_up, again, eager=eager)
+    grad = swiglu_backward(dact, gate_up, dact, inplace=True, eager=eager)
+    assert grad is gate_up and torch.equal(grad, expected) and torch.equal(dact, again)
+
+
+@pytest.mark.parametrize("eager", [False, True])
 def test_extreme_gates_stay_finite(eager):
     for activation in ACTIVATIONS:
         gate = torch.tensor([[-65504.0, -200.0, -90.0, 0.0, 90.0, 200.0, 65504.0]], device=DEVICE)

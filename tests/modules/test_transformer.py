@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from torchft.modules import offload as offloading
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.rope import RopeConfig
 from torchft.modules.transformer import CausalLM, KVCache, TransformerConfig
@@ -222,8 +223,9 @@ def process_group(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mode, offload", [("none", False), ("full", False), ("every_2", True)])
-def test_blocks_and_root_can_be_sharded(model, process_group, mode, offload):
+def test_blocks_and_root_can_be_sharded(model, process_group, mode, offload, monkeypatch):
     """The head's weight is read inside CausalLM.forward, where FSDP2 has gathered it."""
+    monkeypatch.setattr(offloading, "SMALLEST", 1)
     ids = torch.stack(random_examples([9, 9]))
     expected_loss = model(ids, labels=ids)
     expected = gradients_of(model, [expected_loss])

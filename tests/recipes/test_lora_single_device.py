@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from torchft import activations
+from torchft.activations import ActivationMemory, Memory
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
 from torchft.metrics import DETERMINISTIC_FIELDS
+from torchft.modules import offload
 from torchft.parse import parse
 from torchft.recipes import lora_single_device as recipe
 
@@ -121,6 +124,7 @@ def test_one_step_whatever_way_it_is_cut(
     small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """8 rows of uneven length as 1, 2, 4 or 8 micro-batches, packed or recomputed: one gradient to 1e-5."""
+    monkeypatch.setattr(offload, "SMALLEST", 1)
     base = ["lora.dropout=0", "run.global_batch_size=8", "run.max_steps=1", "data.max_seq_len=1024"]
     more = {
         "packing": ["data.packing=true", "run.global_batch_size=1"],
@@ -133,6 +137,22 @@ def test_one_step_whatever_way_it_is_cut(
     expected = {name: g for name, g in expected.items() if "lora_B" in name}
     found = step_gradients(options(small_model, chat_data, tmp_path / "b", *base, *more), monkeypatch)
     assert expected and relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("room, blocks", [(-1, 2), (10**10, 0)])
+def test_auto_decides_after_two_steps_and_changes_no_bit_of_the_log(
+    small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, blocks: int
+) -> None:
+    """As on a GPU with that much room. With dropout, whose masks are drawn again where a block is recomputed."""
+    recipe.main(options(small_model, chat_data, tmp_path / "none"))
+    monkeypatch.setattr(activations, "read_memory", lambda device: Memory(0, 10**9, 0, 10**9 + room, 0))
+    on_gpu = lambda model, cfg, data, run, device, log: ActivationMemory(model, cfg, data, run, torch.device("cuda"), log)  # noqa: E731
+    monkeypatch.setattr(recipe, "ActivationMemory", on_gpu)
+    recipe.main(options(small_model, chat_data, tmp_path / "auto", "model.activation_checkpointing=auto"))
+    assert log_records(tmp_path / "auto") == log_records(tmp_path / "none")
+    records = [json.loads(line) for line in (tmp_path / "auto/log.jsonl").read_text().splitlines()]
+    counts = [record["recomputed_blocks"] for record in records if "tokens_per_s" in record]
+    assert counts == [1, 1, *[blocks] * (STEPS - 2)]
 
 
 def test_stop_signal_saves_and_exits(small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

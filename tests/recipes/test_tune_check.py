@@ -63,7 +63,7 @@ def test_nothing_differs_on_two_processes_either(config: Callable, capsys: pytes
     found = table(printed)
     assert found["two processes"].endswith("equal") and found["kernel lora"].endswith("equal")
     assert found["kernel rope"] == "skipped: Triton needs a GPU" and found["the same again"] == "0.0e+00  equal"
-    assert len(found) == 16
+    assert found["offloaded"].endswith("equal") and len(found) == 18
 
 
 SMALLEST = ["model.quantize=nf4_int8_head", "model.offload=[embeddings]"]
@@ -76,7 +76,7 @@ def test_nothing_differs(
 ) -> None:
     monkeypatch.setattr(invariances, "_why_not_divided", lambda subject: "not here")
     found = run(config(kind, *more), capsys)
-    assert {"one row at a time", "packed rows", "recomputed, full"} <= {name for name, text in found.items() if text.endswith("equal")}
+    assert {"one row at a time", "packed rows", "recomputed, full", "recomputed, auto", "offloaded"} <= {name for name, text in found.items() if text.endswith("equal")}
     if kind == "full":
         assert found["kernel lora"] == "skipped: their own weights are trained"
 
