@@ -4,6 +4,7 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -42,7 +43,7 @@ def fork(action: Callable[[], int | None]) -> int:
     """Exit code of `action` in a child, which is what it returns; negative for a signal, 1 where it raises."""
     child = os.fork()
     if child == 0:
-        gc.freeze()  # as in _child
+        _forget_the_parent()
         try:
             os._exit(action() or 0)
         except BaseException as error:  # else the child would go on as a second pytest
@@ -51,9 +52,15 @@ def fork(action: Callable[[], int | None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def _forget_the_parent() -> None:
+    """In a fork: what other tests left in this worker does not act here."""
+    gc.freeze()  # not collected: the destructor of a gloo group waits for threads that a fork lacks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, started in this process, leaves handlers of its own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _child(rank: int, count: int, port: int, work: Callable[[int], None], folder: Path) -> None:
-    # What the parent left behind is not collected here: the destructor of a gloo group waits for threads that a fork lacks.
-    gc.freeze()
+    _forget_the_parent()
     stacks = open(folder / f"rank_{rank}_stacks.txt", "w")  # noqa: SIM115  (open as long as the process)
     faulthandler.dump_traceback_later(PATIENCE - 10, file=stacks)
     torch.set_num_threads(1)

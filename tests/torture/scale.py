@@ -1,4 +1,4 @@
-"""How much of the torture suite runs, from which seed: a little in `make test`, all of it in `make torture`.
+"""How much of the torture suite runs, from which seed: a little in `make faults`, all of it in `make torture`.
 
     TORTURE=all TORTURE_SEED=7 python -m pytest tests/torture
 """

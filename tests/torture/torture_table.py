@@ -60,7 +60,7 @@ ROWS = {
 HEAD = """\
 # What the torture suite measured
 
-Written by `make torture` (tests/torture, all of it; `make test` runs a small part of the same tests). Every row was met when this was
+Written by `make torture` (tests/torture, all of it; `make faults` runs a small part of the same tests). Every row was met when this was
 written; a failed one keeps the file as it was. Another seed: `TORTURE_SEED=7 make torture`.
 
 """
