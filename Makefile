@@ -1,6 +1,6 @@
 # make demo    the main job on the shipped tiny model, from nothing: environment, installation, training, verified adapter
 # make test    all tests, with their own set-up         make style    what exceeds the project's size budgets
-# make faults  launched and killed processes, faults of every kind: two minutes
+# make faults  recipes on several processes, launched and killed ones, faults of every kind: some four minutes
 # make torture all faults that the table promises, half an hour; writes docs/TORTURE.md
 # make mutants every planted bug is seen to be caught   make clean    removes the environment and the demo's output
 
@@ -16,8 +16,10 @@ WORKERS := n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -le 8 
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Processes that are launched and killed, disks that fill, which wait more than they compute: not among the tests of every edit.
+# Runs of several processes, launched and killed ones, disks that fill: they wait more than they compute, and are not among
+# the tests of every edit.
 FAULTS := tests/torture tests/recipes/test_faults.py tests/recipes/test_torchtune_commands.py \
+	$(sort $(wildcard tests/recipes/test_*distributed.py tests/recipes/test_dpo_full.py tests/recipes/test_full_*.py)) \
 	tests/test_launch.py tests/test_atomic.py tests/test_resume.py
 # Each worker begins with one half of the files, in their order: what a file sets up is set up once.
 PYTEST := $(BIN)/python -m pytest -q --dist worksteal -n "$$($(WORKERS))"
