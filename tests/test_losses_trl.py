@@ -12,13 +12,16 @@ import pytest
 import torch
 from test_losses import BATCHES, PAIRS, random_pairs, tensors
 from torch import Tensor
-from trl import DPOTrainer, KTOTrainer
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
 
 from torchft import losses
 from torchft.config import PreferenceOptions
 from torchft.losses import preference_loss
+
+pytest.importorskip("trl", reason="TRL, of the test extra, is not installed")
+
+from trl import DPOTrainer, KTOTrainer  # noqa: E402
+from trl.experimental.cpo import CPOTrainer  # noqa: E402
+from trl.experimental.orpo import ORPOTrainer  # noqa: E402
 
 
 def flat(tensor: Tensor) -> Tensor:

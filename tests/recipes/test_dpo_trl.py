@@ -97,6 +97,7 @@ def both_curves(model: Path, data: Path, folder: Path, trained: str = "an adapte
 def test_thirty_steps_are_trls_and_pefts(
     small_model: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
 ) -> None:
+    pytest.importorskip("trl", reason="TRL, of the test extra, is not installed")
     hide_cuda(monkeypatch)
     ours, theirs = both_curves(small_model, pair_data, tmp_path, trained)
     for mine, other in zip(ours, theirs, strict=True):
@@ -138,6 +139,7 @@ def sequences(dataset: Dataset, sample: int) -> tuple[list[list[int]], list[list
 @torch.no_grad()
 def test_answers_have_trls_log_probabilities(small_model: Path, pair_data: Path, tmp_path: Path) -> None:
     """PITFALLS P2: whatever the padding, the packing and the order."""
+    pytest.importorskip("trl", reason="TRL, of the test extra, is not installed")
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
