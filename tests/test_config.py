@@ -1,5 +1,6 @@
 """The parser of configs and overrides: what it accepts, `--help`, and the files that a config names (D3)."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from some_config import NAMES, NEEDED, Config, read
 
 from torchft.config import ASSETS, SourceConfig, resolve_path
 from torchft.errors import ConfigError, UserError
+from torchft.names import RECIPES, configs_for, recipe_names
+from torchft.options import help_text
 from torchft.parse import flatten, nest, parse, split_arguments
 
 
@@ -110,6 +113,13 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
     assert re.search(r"  beta=0\.1 +of a loss of its own", text)
     assert re.search(r"  lora\.target_modules=\[all-linear\] +leaf names", text)
     assert "example: tune run" in text and "  weight=1.0 " in text
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_example_in_a_recipes_help_is_one_of_its_configs(recipe):
+    config_class = importlib.import_module(f"torchft.recipes.{recipe}").Config
+    example = re.search(rf"example: tune run {recipe} --config (\S+)", help_text(config_class, str(RECIPES / f"{recipe}.py")))
+    assert example[1] in configs_for(recipe)
 
 
 def test_parse_of_a_given_command_line_leaves_the_process_alone(tmp_path):

@@ -64,12 +64,13 @@ def help_text(config_class: type, script: str) -> str:
     about = (sys.modules[config_class.__module__].__doc__ or "").strip().partition("\n")[0]
     lines = [about, ""] if about else []
     lines += [f"usage:   tune run {name} [--config NAME|FILE] [key=value ...]"]
-    method = "full" if name.startswith("full_") else "lora"
+    groups = group_names(config_class)
+    method = next((group for group in ("dpo", "kto", "reward") if group in groups), "lora" if "lora" in groups else "full")
     lines += [f"example: tune run {name} --config tiny/{method} optim.lr=1e-3 resume=auto", ""]
     lines += ["Options and their defaults. In a YAML file the groups are nested; as key=value they are dotted, and the"]
     lines += ["last part alone is enough where only one option ends in it. The file comes first, then key=value."]
     options = list_options(config_class)
-    for group, kind in group_names(config_class).items():
+    for group, kind in groups.items():
         mine = [option for option in options if option.name.startswith(f"{group}.")]
         lines += _section(f"{group}: {inspect.getdoc(kind)}", mine)
     lines += _section("Each entry of data.train and data.valid: a path, or a mapping with", list_options(SourceConfig))
