@@ -23,6 +23,7 @@ from torchft.hf_checkpoint import Checkpoint, contained, open_checkpoint
 from torchft.model_dir import (
     LOGIT_TOLERANCE,
     MAX_SHARD_BYTES,
+    add_stop_ids,
     available_memory,
     check_space,
     copy_companions,
@@ -104,6 +105,7 @@ def merge(
         for path in Path(adapter_path).iterdir():  # the tokenizer that it was trained with, where it brings one
             if path.name in TOKENIZER_FILES:
                 shutil.copyfile(contained(Path(adapter_path), path.name), folder / path.name)
+        add_stop_ids(folder)
         error = _check_logits(parts, folder, max(LOGIT_TOLERANCE[dtype] for dtype in dtypes.values()))
     return MergeReport(out, len(sizes), num_changed, parts.base_words, error)
 

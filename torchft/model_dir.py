@@ -14,13 +14,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from torchft.atomic import write_bytes
+from torchft.data.chat_template import load_template
+from torchft.data.tokenize import stop_ids
+from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
 from torchft.export import save_safetensors
 from torchft.hf_checkpoint import INDEX, SINGLE, contained
+from torchft.models import read_config
 from torchft.safetensors_header import read_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+GENERATION = "generation_config.json"
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json, which holds where there is no such file
 COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")  # a licence that asks for it travels with the weights
 
 # Largest ||read back - reference|| / ||reference|| of logits. What differs is the rounding of the written weights, 2^-9 for bf16: it
@@ -89,6 +95,27 @@ def copy_companions(base: Path, folder: Path) -> None:
         wanted = path.suffix in COPIED_SUFFIXES or path.name.startswith(COPIED_NAMES)
         if wanted and path.is_file() and path.name not in ("config.json", INDEX) and not path.name.startswith("."):
             shutil.copyfile(contained(base, path.name), folder / path.name)
+
+
+def add_stop_ids(folder: Path) -> None:
+    """Have generation_config.json in `folder` stop at what ends an answer: EOS and the chat template's end token, if it does not.
+
+    Whoever serves the model (transformers, vLLM) stops at its eos_token_id and knows nothing of templates: an end token that was
+    added, or first trained here, would be answered past.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    try:
+        tokenizer = load_tokenizer(folder)
+        stops = stop_ids(tokenizer, load_template("", tokenizer))
+    except UserError:  # the base's own, which nothing was trained with: a model of plain text is merged all the same
+        return
+    file, hf = folder / GENERATION, read_config(folder)
+    own = json.loads(file.read_bytes()) if file.exists() else {key: hf[key] for key in ENDS if hf.get(key) is not None}
+    known = own.get("eos_token_id")
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if missing := sorted(stops - set(known)):
+        write_json(file, own | {"eos_token_id": [*known, *missing]})
 
 
 def available_memory() -> int:

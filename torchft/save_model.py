@@ -20,6 +20,7 @@ from torchft.hf_checkpoint import open_checkpoint
 from torchft.model_dir import (
     LOGIT_TOLERANCE,
     MAX_SHARD_BYTES,
+    add_stop_ids,
     available_memory,
     check_space,
     copy_companions,
@@ -92,6 +93,7 @@ def save_model(
             write_config(base_path, read_config(base_path), folder, rows, dtype)
             copy_companions(base_path, folder)
             save_text(folder, tokenizer, template, base_path)
+            add_stop_ids(folder)
             error = _logit_error(folder, trained, num_bytes, dtype)
     return SavedModel(out, len(sizes), num_bytes, error)
 
