@@ -22,10 +22,10 @@ def _gather_kernel(p_table, p_ids, p_out, V, D: tl.constexpr, BLOCK: tl.constexp
     """One token. An id outside of 0..V-1 gives NaN."""
     i_token = tl.program_id(0).to(tl.int64)
     row = tl.load(p_ids + i_token).to(tl.int64)
-    known = (row >= 0) & (row < V)
+    end = tl.where((row >= 0) & (row < V), D, 0)
     for start in range(0, D, BLOCK):
         o_d = start + tl.arange(0, BLOCK)
-        b_row = tl.load(p_table + row * D + o_d, mask=(o_d < D) & known, other=float("nan"))
+        b_row = tl.load(p_table + row * D + o_d, mask=o_d < end, other=float("nan"))
         tl.store(p_out + i_token * D + o_d, b_row, mask=o_d < D)
 
 
