@@ -242,7 +242,8 @@ def main(cfg: Config) -> None:
                 show(answer_examples(model, tokenizer, template, samples, **answering), log)
         stopping = highest(stop.exit_code)  # 0: nobody asked, not even while it was validated
         improved = run.keep_best and valid_loss is not None and valid_loss < best_loss
-        if last or improved or stopping or (run.save_every and step % run.save_every == 0):
+        kept_last = last and cfg.model.weights != "random"  # a run for measuring leaves nothing that was not asked for
+        if kept_last or improved or stopping or (run.save_every and step % run.save_every == 0):
             with log.paused():
                 state = fingerprints | {"log": log.state()}
                 kept = {"keep_last": run.keep_last, "valid_loss": valid_loss if run.keep_best else None}

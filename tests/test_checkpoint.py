@@ -271,6 +271,13 @@ def test_of_several_processes_the_first_speaks_and_not_where_another_failed(
     assert (stop.exit_code, capfd.readouterr().err) == (128 + number, said)
 
 
+def test_a_checkpoint_from_before_an_option_became_a_list_goes_on(tmp_path: Path) -> None:
+    """model.offload: [activations] was model.offload_activations: true."""
+    save(TinyRun().train(0, 1), tmp_path, 1, config={**CONFIG, "model": {**CONFIG.get("model", {}), "offload_activations": True}})
+    now = {**CONFIG, "model": {**CONFIG.get("model", {}), "offload": ["activations"]}}
+    assert find_checkpoint(tmp_path, "auto", now, lambda text: None) is not None
+
+
 @pytest.mark.parametrize("tokens", [[], ["<|a|>"]])
 def test_a_checkpoint_from_before_an_option_moved_goes_on(tokens: list[str], tmp_path: Path) -> None:
     """data.new_tokens was lora.new_tokens, and in full fine-tuning it did not exist."""

@@ -29,7 +29,7 @@ from torchft.modules.lora import LoraSpec, add_lora, init_lora, trainable_parame
 from torchft.modules.nf4 import storage
 from torchft.modules.sharding import local
 from torchft.modules.transformer import CausalLM
-from torchft.modules.vocab import train_modules
+from torchft.modules.vocab import resize_vocab, train_modules
 from torchft.storage import INT8_HEAD, store_frozen
 from torchft.weights import load_weights, random_weights
 
@@ -204,6 +204,22 @@ def test_one_end_may_be_trained_and_the_other_stored() -> None:
         train_modules(model, trained)
         lines = store_frozen(model, quantize, offload)
         assert len(lines) == 2 and lines[0].startswith("NF4")
+
+
+def test_rows_that_an_adapter_brings_are_zeros_until_it_is_loaded(tmp_path: Path) -> None:
+    """An adapter with a larger vocabulary, over a head that it does not train."""
+    base = make_base(tmp_path)
+    with torch.device("meta"):
+        model = build_model(hf_config())
+    add_lora(model, LoraSpec(2, 8.0))
+    new_rows = resize_vocab(model, VOCAB_SIZE + 5)
+    train_modules(model, ["embed_tokens"])
+    store_frozen(model, INT8_HEAD, [])
+    load_weights(model, tmp_path, device="cpu", dtype=torch.float32, new_rows=new_rows)
+    head = model.lm_head
+    assert head.weight.shape == (VOCAB_SIZE + 5, 128) and not head.weight[VOCAB_SIZE:].any()
+    decoded = head.weight[:VOCAB_SIZE] * head.weight_scale[:VOCAB_SIZE, None]
+    assert (decoded - base.lm_head.weight).norm() <= 0.01 * base.lm_head.weight.norm()
 
 
 def test_nothing_is_done_where_nothing_is_asked() -> None:

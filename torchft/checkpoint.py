@@ -39,7 +39,7 @@ from torchft.run_dir import FORMAT, checkpoint_path, checkpoints, leftovers, pru
 
 # What a continued run may change: how long, how often, where to, how fast. The data, the model and the adapter stay.
 MAY_CHANGE = re.compile(
-    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload|shard|kernels.*)|data\.max_bad_rows|dpo\.reference"
+    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload(_activations)?|shard|kernels.*)|data\.max_bad_rows|dpo\.reference"
 )
 MUST_STAY = ("optim.name", "run.seed", "run.global_batch_size")
 TENSOR_FILES = ("params", "optimizer", "rng")

@@ -205,6 +205,9 @@ def check_pairs(values: dict[str, Any]) -> Problems:
          "model.offload",
          "holds activations, which moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
         *_frozen_ends_rules(values),
+        (bool(values.get("run.deterministic")) and values.get("model.activation_checkpointing") == "auto",
+         "model.activation_checkpointing", "is auto, which goes by the memory that is free, and run.deterministic=true wants the same "
+         "bits again: use full, every_<n> or none"),
         (values.get("optim.schedule") == "constant" and values.get("optim.min_lr_ratio", 0.0) > 0.0,
          "optim.min_lr_ratio", "has no effect with optim.schedule=constant; use linear or cosine, or remove it"),
         *_in_backward_rules(values),
@@ -270,8 +273,8 @@ def _whole_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     return [
         ("dpo.loss" not in values, "lora.rank", "is 0, which means all weights in dpo_distributed alone; set it to 1 or more, or "
          "use that recipe or full_finetune_distributed"),
-        (bool(values.get("data.new_tokens")), "data.new_tokens", "and lora.rank=0 cannot go together: the reference has no such rows; "
-         "add them with full_finetune_distributed first"),
+        (bool(values.get("data.new_tokens")), "data.new_tokens", "and lora.rank=0 cannot go together: dpo_distributed adds no "
+         "tokens where all weights are trained; add them with full_finetune_distributed first"),
         *[(values.get(key, default) != default, key, "has no effect with lora.rank=0, which trains all weights; remove it")
           for key, default in adapter.items()],
     ]  # fmt: skip
@@ -284,7 +287,9 @@ def _weights_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
     why = {"adamw_8bit": "torchao's update is compiled for parameters that lie where their mesh computes",
            "adamw_bf16": "its rounding is a kernel for GPUs, and takes 300 times as long as adamw on a CPU"}  # fmt: skip
     return [
-        ("lora.rank" in values, "model.offload", "holds weights, which is for models trained whole: beside adapters nothing "
+        (values.get("lora.rank") == 0, "model.offload", "holds weights, which full_finetune_distributed alone can do; divide them over "
+         "more processes, or use optim.name=adamw_bf16, and remove it"),
+        (bool(values.get("lora.rank")), "model.offload", "holds weights, which is for models trained whole: beside adapters nothing "
          "but frozen weights would travel, for nothing; use model.quantize=nf4, or divide them (model.shard=all), and remove it"),
         ("lora.rank" not in values and values.get("optim.name") in why, "optim.name",
          f"is {values.get('optim.name')}, and the optimizer works in CPU memory where model.offload holds weights: "

@@ -22,7 +22,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 GAVE_UP = re.compile(r"time(d )?out", re.IGNORECASE)  # an error of a process that waited for another in vain
 NO_MEMORY = (
     "the GPU's memory ran out. Least is lost by model.activation_checkpointing=auto, which recomputes what does not fit; then come "
-    "full, model.offload=[activations] beside it, a lower run.micro_batch_size, model.quantize=nf4, a lower data.max_seq_len. "
+    "full, model.offload=[activations] beside it, a lower run.micro_batch_size, a lower data.max_seq_len. Below adapters: "
+    "model.quantize=nf4, or nf4_int8_head with model.offload=[embeddings] too; where all weights are trained: more processes, "
+    "optim.name=adamw_bf16, and in full_finetune_distributed model.offload=[weights]. "
     "Where much was free in pieces, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment helps"
 )
 LOOKING_SECONDS = 0.5  # between two looks at whether another process has failed

@@ -36,6 +36,7 @@ from torchft.models import read_config as read_model_config
 from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks
 from torchft.modules.compiler import missing_compiler
 from torchft.modules.lora import trainable_parameters
+from torchft.modules.offload import Traffic
 from torchft.modules.sharding import cut, local, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import grow_vocab, init_new_rows
@@ -167,7 +168,8 @@ def list_checks(subject: Subject) -> Iterator[Check]:
     for mode in ("full", "every_2", "auto"):
         prepare = lambda model, mode=mode: _recompute(model, mode)  # noqa: E731
         yield Check(f"recomputed, {mode}", f"model.activation_checkpointing={mode}", lambda prepare=prepare: step([samples], prepare=prepare))
-    yield Check("offloaded", "model.offload=[activations]", lambda: step([samples], prepare=_offload))
+    offload = lambda model: _offload(model, subject.device)  # noqa: E731
+    yield Check("offloaded", "model.offload=[activations]", lambda: step([samples], prepare=offload))
     compiled = lambda model: compile_blocks(model, "on", subject.device, lambda text: None)  # noqa: E731
     yield Check("compiled", "model.compile=on", lambda: step([samples], prepare=compiled), _why_not_compiled(subject))
     for name, eager, skipped in _kernel_cases(subject):
@@ -186,10 +188,11 @@ def _recompute(model: CausalLM, mode: str) -> None:
         apply_activation_checkpointing(model, mode)
 
 
-def _offload(model: CausalLM) -> None:
+def _offload(model: CausalLM, device: torch.device) -> None:
     """With blocks folded where they can be, of which most travels."""
     swap(model, tuple(name for name in KERNELS if name != "lora"))
     apply_activation_checkpointing(model, "full", offload=True)
+    model.model.checkpointing.traffic = Traffic(device, smallest=1)  # of a small model too
 
 
 def _why_not_compiled(subject: Subject) -> str:

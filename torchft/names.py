@@ -192,6 +192,8 @@ def find_recipe_or_config(name: str) -> Path:
 
 def old_key_advice(key: str) -> str:
     """What to do about an option that had another name, that only torchtune has, or that names code; "" for any other key."""
+    if key == "model.offload_activations":
+        return "is model.offload=[activations] now"
     if key in MOVED_KEYS:
         return f"is called {MOVED_KEYS[key]} now, for all recipes"
     group, _, leaf = key.rpartition(".")

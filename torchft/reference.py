@@ -53,6 +53,8 @@ def label_logprobs(model: CausalLM, batch: Batch) -> Tensor:
 
 def frozen_copy(cfg: ModelConfig, device: torch.device, seed: int, say: Callable[[str], None]) -> CausalLM:
     """The model at the start a second time, divided over the processes as one that is trained."""
+    from torch.distributed.fsdp import FSDPModule  # here: its import takes half a second
+
     path, dtype = resolve_path(cfg.path), getattr(torch, cfg.dtype)
     with torch.device("meta"):
         copy = build_model(read_config(path))
@@ -63,6 +65,8 @@ def frozen_copy(cfg: ModelConfig, device: torch.device, seed: int, say: Callable
         random_weights(copy, seed=seed, device=device, dtype=dtype)
     else:
         load_weights(copy, path, device=device, dtype=dtype)
+    if isinstance(copy, FSDPModule):  # no backward follows, for which the tables would stay gathered
+        copy.set_reshard_after_forward(True, recurse=False)
     return copy.requires_grad_(False).eval()
 
 
@@ -149,7 +153,8 @@ class StoredReference:
     def put(self, name: str, batch: Batch, logprobs: Tensor) -> None:
         """Take the log-probabilities of a batch's labels, (B, T) fp32, of which those count that are supervised."""
         places = supervised_places(self._datasets[name], batch.samples)
-        self._found[name][places] = logprobs.cpu()[batch.labels.cpu() >= 0].nan_to_num(nan=torch.inf).numpy()
+        found = logprobs.cpu()[batch.labels.cpu() >= 0]
+        self._found[name][places] = found.masked_fill(~found.isfinite(), torch.inf).numpy()  # -inf: not computed here
 
     def write(self) -> None:
         """Bring the processes' shares together, and write the file; the batches have them from now on.

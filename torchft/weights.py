@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchft.errors import UserError
@@ -132,7 +133,8 @@ class _Slot:
         """Read one piece of it, a view of the mapped file; the last one fills it."""
         if int8_head.is_int8(self.param):
             for rows in int8_head.row_slices(*self.param.shape, dtype.itemsize):
-                self.take_rows(rows, tensor[rows].to(device=device, dtype=dtype))
+                part = tensor[rows].to(device=device, dtype=dtype)
+                self.take_rows(rows, F.pad(part, (0, 0, 0, rows.stop - rows.start - len(part))))  # added rows are zeros
             return
         rows = self.rows()
         if self.value is None:

@@ -11,7 +11,8 @@ from test_dpo_distributed import options as adapter_options
 from test_dpo_full import FULL
 from test_dpo_trl import datasets
 
-from torchft.data.loader import Loader, eval_batches
+from torchft import reference
+from torchft.data.loader import Batch, Loader, eval_batches
 from torchft.errors import UserError
 from torchft.models import build_model, read_config
 from torchft.reference import FILE, StoredReference, label_logprobs, precompute
@@ -116,9 +117,16 @@ def test_a_file_that_does_not_fit_is_said_and_made_again(small_model: Path, pair
     assert "from" in case.compute(), "what was made again is read"
 
 
-def test_a_model_without_finite_numbers_is_refused(small_model: Path, pair_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_model_without_finite_numbers_is_refused(
+    small_model: Path, pair_data: Path, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case(small_model, pair_data, tmp_path)
-    case.model.get_parameter("lm_head.weight").data[5] = torch.nan
+
+    def broken(model: object, batch: Batch) -> torch.Tensor:
+        return label_logprobs(model, batch).masked_fill(batch.labels == batch.labels.max(), value)
+
+    monkeypatch.setattr(reference, "label_logprobs", broken)
     with pytest.raises(UserError, match=r"no finite log-probability to \d+ tokens, first to one of row \d+ of .*pairs.jsonl"):
         case.compute()
     assert not (tmp_path / FILE).exists()
