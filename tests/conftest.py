@@ -26,6 +26,9 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the kernels run in its interpreter
+    # The first backward decides for how many devices autograd has threads, with which a process cannot fork. After a
+    # torch.compile, a build for CUDA would count one that is not there.
+    torch.zeros((), requires_grad=True).backward()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
