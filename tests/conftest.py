@@ -48,6 +48,14 @@ def repo() -> Path:
     return REPO
 
 
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files whose tests fork: see hide_cuda."""
+    from tiny_training import hide_cuda
+
+    hide_cuda(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real tokenizers, templates and data beside the project (../shared/data); the project does without them."""
