@@ -21,7 +21,7 @@ from torchft import activations  # noqa: E402
 from torchft.activations import MEASURED_STEPS, ActivationMemory  # noqa: E402
 from torchft.config import DataConfig, ModelConfig, RunConfig  # noqa: E402
 from torchft.fuse import swap  # noqa: E402
-from torchft.modules.checkpointing import apply_activation_checkpointing  # noqa: E402
+from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks  # noqa: E402
 from torchft.modules.lora import trainable_parameters  # noqa: E402
 from torchft.modules.offload import Link, Traffic  # noqa: E402
 from torchft.modules.rope import RopeConfig  # noqa: E402
@@ -179,7 +179,7 @@ def test_a_probe_counts_what_a_block_takes_on_cuda(variant: str) -> None:
     )
     probe = model.model.checkpointing.probe
     for blocks in (range(8), range(7)):
-        model.model.checkpointing.blocks = blocks
+        recompute_blocks(model, blocks, offload=False)
         model.model.checkpointing.probe = probe if len(blocks) == 7 else None
         before = torch.cuda.memory_allocated()
         loss = model(ids, labels=ids)
