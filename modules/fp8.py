@@ -42,8 +42,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_ROW)  # (T, 1)
-    inverse = torch.full_like(largest, LARGEST) / largest  # of a number and a tensor, PyTorch rounds the division twice
-    return (x * inverse).to(DTYPE), (largest / LARGEST).squeeze(-1)
+    # A tensor: a number divided by a tensor is rounded twice, and on a GPU a tensor divided by a number too.
+    top = torch.full_like(largest, LARGEST)
+    return (x * (top / largest)).to(DTYPE), (largest / top).squeeze(-1)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

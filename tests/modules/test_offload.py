@@ -81,6 +81,7 @@ MODELS: dict[str, Callable[[], CausalLM]] = {
     "two linears": lambda: adapted(LoraSpec(rank=4, alpha=12, target_modules=("q_proj", "v_proj"))),
     "bf16": lambda: adapted(dtype=torch.bfloat16),
     "fp8": in_fp8,
+    "fp8 bf16": lambda: in_fp8(dtype=torch.bfloat16),
 }
 
 
