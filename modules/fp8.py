@@ -65,7 +65,7 @@ def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor
         return torch._scaled_mm(x, w.T, **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
     y = _sums(x, w) * x_scale.unsqueeze(1) * w_scale
     y = y if bias is None else y + bias.float()
-    # Compiled by torch 2.11, a Function that returns the result of a `to` which changes nothing gives zeros for gradients.
+    # Not `.to` of what is so already: compiled by torch 2.11, a Function that returns its result has gradients of zero.
     return y if y.dtype == dtype else y.to(dtype)
 
 

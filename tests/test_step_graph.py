@@ -68,18 +68,17 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return recorded
 
 
-def steps(run: Callable, model: CausalLM, micro_batches: list[list[Batch]], finish: Callable[[], None] = lambda: None) -> list[Tensor]:
+def steps(run: Callable, model: CausalLM, micro_batches: list[list[Batch]], rate: float = 0.1) -> list[Tensor]:
     """Losses and gradients of optimizer steps of these micro-batches; each step moves the adapters."""
     params, found = trainable_parameters(model), []
     for step in micro_batches:
         loss = torch.zeros((), device=step[0].input_ids.device)
         for each in step:
             loss += run(model, each, 50)
-        finish()
         found += [loss, *(param.grad.clone() for param in params.values())]
         with torch.no_grad():
             for param in params.values():
-                param -= 0.1 * param.grad
+                param -= rate * param.grad
                 param.grad.mul_(3)  # clipping changes them in place
         model.zero_grad(set_to_none=True)
     return found
@@ -192,12 +191,12 @@ def test_a_graph_computes_what_its_launches_do(kind: str, tokens: int) -> None:
             model.model.checkpointing.traffic = Traffic(torch.device("cuda"), smallest=1)
         said: list[str] = []
         run = StepGraph(run_batch, model, {}, said.append) if recorded else run_batch
-        results.append(steps(run, model, plan))
+        results.append(steps(run, model, plan, rate=0.01))
         sent.append(model.model.checkpointing.bytes_offloaded)
         assert (run._recorded is not None and len(said) == 1) if recorded else True, said
     assert sent[0] == sent[1] and bool(sent[0]) == offload
-    # The order of some sums is not fixed in attention's backward.
-    assert_same(results[1], results[0], 1e-5 if kind == "fp32" else 0.02)
+    # The order of some sums is not fixed in attention's backward, and every step goes on from there.
+    assert_same(results[1], results[0], 3e-5 if kind == "fp32" else 0.04)
 
 
 @pytest.mark.gpu

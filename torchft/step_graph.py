@@ -4,7 +4,7 @@
     loss += train_batch(model, batch.to(device), supervised)
 
 A step of 8B on 2,048 tokens is some ten thousand launches, which take the CPU longer than the GPU needs to compute them. What
-is computed stays the same to the bit; batches of another shape than the recorded one are run as before.
+is computed stays the same, kernel by kernel; batches of another shape than the recorded one are run as before.
 
 Nothing in such a step may look at a value on the GPU, draw random numbers or copy from memory that is not pinned: so it takes
 fused blocks, the loss's kernel, a frozen embedding and head, weights that are not divided, and RoPE that does not go by the
@@ -96,14 +96,16 @@ class StepGraph:
         tensors = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
         static, divisor = replace(batch, **tensors), torch.ones((), device=batch.input_ids.device)
         before = self._take_grads()
-        checkpointing, graph = model.model.checkpointing, torch.cuda.CUDAGraph()
-        offloaded = checkpointing.bytes_offloaded
+        traffic, graph = model.model.checkpointing.traffic, torch.cuda.CUDAGraph()
+        sent = traffic.sent if traffic else 0
         with torch.cuda.graph(graph):
             loss = self._run(model, static, divisor)
         grads = self._take_grads()
         self._give_grads(before)
-        held = checkpointing.traffic.memory.buffers() if checkpointing.traffic else []
-        return Recorded(graph, static, divisor, loss, grads, checkpointing.bytes_offloaded - offloaded, held)
+        if traffic is None:
+            return Recorded(graph, static, divisor, loss, grads, 0, [])
+        offloaded, traffic.sent = traffic.sent - sent, sent  # nothing has travelled yet
+        return Recorded(graph, static, divisor, loss, grads, offloaded, traffic.memory.buffers())
 
     def _replay(self, model: CausalLM, batch: Batch, divisor: float) -> Tensor:
         recorded, before = self._recorded, self._take_grads()
