@@ -191,12 +191,12 @@ def test_a_graph_computes_what_its_launches_do(kind: str, tokens: int) -> None:
             model.model.checkpointing.traffic = Traffic(torch.device("cuda"), smallest=1)
         said: list[str] = []
         run = StepGraph(run_batch, model, {}, said.append) if recorded else run_batch
-        results.append(steps(run, model, plan, rate=0.01))
+        results.append(steps(run, model, plan, rate=0.001))
         sent.append(model.model.checkpointing.bytes_offloaded)
         assert (run._recorded is not None and len(said) == 1) if recorded else True, said
     assert sent[0] == sent[1] and bool(sent[0]) == offload
-    # The order of some sums is not fixed in attention's backward, and every step goes on from there.
-    assert_same(results[1], results[0], 3e-5 if kind == "fp32" else 0.04)
+    # The order of some sums is not fixed in attention's backward; large steps would let the difference grow.
+    assert_same(results[1], results[0], 1e-5 if kind == "fp32" else 0.02)
 
 
 @pytest.mark.gpu
