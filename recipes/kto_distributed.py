@@ -38,6 +38,7 @@ from torchft.distributed import (
     leave_processes,
     node_leader_first,
     sum_over_processes,
+    sync_gradients,
 )
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
@@ -206,7 +207,7 @@ def main(cfg: Config) -> None:
         others = mismatched(train, samples_now, cfg.data.max_seq_len)
         kl = baseline(model, eval_batches(others, **cells), device)
         for batch in batches:
-            model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
+            sync_gradients(model, batch is batches[-1])  # accumulate here first
             micro_loss, sums = batch_loss(model, batch.to(device), kl, cfg.kto)
             (micro_loss * world_size() / len(samples_now)).backward()  # FSDP2 takes the mean over processes; the sum is meant
             totals += torch.cat([micro_loss.detach()[None], sums])

@@ -36,6 +36,7 @@ from torchft.distributed import (
     leave_processes,
     node_leader_first,
     sum_over_processes,
+    sync_gradients,
 )
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
@@ -173,7 +174,7 @@ def main(cfg: Config) -> None:
         set_lr(optimizer, lr)
         loss = torch.zeros((), device=device)
         for batch in batches:
-            model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
+            sync_gradients(model, batch is batches[-1])  # accumulate here first
             divisor = supervised / world_size()  # FSDP2 takes the mean over processes; the sum is meant
             loss += train_batch(model, batch.to(device), divisor)
         sum_over_processes(loss)
