@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchft.kernels.launch import can_run, check_rows
 
-ROWS, COLUMNS, NUM_WARPS = 64, 128, 8  # of a program's tile: 32 numbers a thread and tensor
+ROWS, COLUMNS, NUM_WARPS = 16, 128, 4  # of a tile; 16 numbers a thread and tensor, so that five programs share a multiprocessor
 
 
 class Term(NamedTuple):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from test_fuse import ALL, adapted, batch
+from test_fuse_bf16 import tokens_apart
 from torch import Tensor
 
 from torchft import step_graph
@@ -157,7 +158,7 @@ def test_a_step_that_waits_or_draws_is_not_recorded(make: Callable[[], CausalLM]
 
 def smallest() -> CausalLM:
     """4-bit linears, head in 8 bits, embedding in CPU memory, everything else sent there."""
-    model = adapted(nf4=True)
+    model = tokens_apart(adapted(nf4=True))
     table = model.model.embed_tokens.weight
     quantize_head(model)
     offload_embeddings(model)
@@ -168,9 +169,9 @@ def smallest() -> CausalLM:
 
 ON_GPU: dict[str, tuple[Callable[[], CausalLM], str, bool]] = {
     "fp32": (lambda: adapted().cuda(), "none", False),
-    "bf16": (lambda: adapted(dtype=torch.bfloat16).cuda(), "none", False),
-    "recomputed": (lambda: adapted(dtype=torch.bfloat16).cuda(), "full", False),
-    "offloaded": (lambda: adapted(dtype=torch.bfloat16).cuda(), "full", True),
+    "bf16": (lambda: tokens_apart(adapted(dtype=torch.bfloat16)).cuda(), "none", False),
+    "recomputed": (lambda: tokens_apart(adapted(dtype=torch.bfloat16)).cuda(), "full", False),
+    "offloaded": (lambda: tokens_apart(adapted(dtype=torch.bfloat16)).cuda(), "full", True),
     "smallest": (smallest, "full", True),
     "nothing quantised, rank 70": (lambda: adapted(LoraSpec(rank=70, alpha=12)).cuda(), "none", False),
 }
@@ -221,7 +222,7 @@ def test_a_step_of_preferences_is_recorded_with_its_reference() -> None:
 
     results, said = [], []
     for recorded in (False, True):
-        model = adapted(dtype=torch.bfloat16).cuda()
+        model = tokens_apart(adapted(dtype=torch.bfloat16)).cuda()
         swap(model, ())
         run = StepGraph(dpo_batch, model, {}, said.append) if recorded else dpo_batch
         found = []
