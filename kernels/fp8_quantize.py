@@ -23,8 +23,7 @@ from torchft.kernels.launch import can_run, check_rows
 DTYPE = torch.float8_e4m3fn
 LARGEST = tl.constexpr(448.0)
 SMALLEST_ROW = tl.constexpr(1e-30)  # the inverse of a smaller one would leave fp32
-# A program's rows and, at most, columns at a time; it reads rows twice, the second time from a cache.
-ROWS, MAX_BLOCK, PER_WARP = 1, 4096, 512  # the last: elements of the two together
+MAX_BLOCK = 4096  # elements that a program holds, 16 a thread; a row is read twice, the second time from a cache
 
 
 @triton.jit
@@ -50,31 +49,9 @@ def quantize_row(p_x, p_factor, p_codes, p_scale, i_row, x_stride, D, BLOCK: tl.
 
 
 @triton.jit
-def _quantize_kernel(
-    p_x, p_factor, p_codes, p_scale, x_stride, T, D, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """ROWS rows per program, as quantize_row does each of them: they share what is read of the factors, 4 bytes a column."""
-    o_t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    p_rows, m_t = p_x + o_t[:, None] * x_stride, (o_t < T)[:, None]
-    b_largest = tl.full((ROWS, BLOCK), SMALLEST_ROW, dtype=tl.float32)
-    for i in range(0, BLOCKS):
-        o_d = i * BLOCK + tl.arange(0, BLOCK)
-        b_x = tl.load(p_rows + o_d[None, :], mask=m_t & (o_d < D)[None, :], other=0.0).to(tl.float32)  # (ROWS, BLOCK)
-        if p_factor is not None:
-            b_x *= tl.load(p_factor + o_d, mask=o_d < D, other=0.0)[None, :]
-        b_largest = tl.maximum(b_largest, tl.abs(b_x))
-    b_top = tl.max(b_largest, axis=1)  # (ROWS,)
-    b_448 = tl.full((ROWS,), LARGEST, dtype=tl.float32)
-    b_inverse = tl.div_rn(b_448, b_top)[:, None]
-    for i in range(0, BLOCKS):
-        o_d = i * BLOCK + tl.arange(0, BLOCK)
-        m_tile = m_t & (o_d < D)[None, :]
-        b_x = tl.load(p_rows + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        if p_factor is not None:
-            b_x *= tl.load(p_factor + o_d, mask=o_d < D, other=0.0)[None, :]
-        p_out = p_codes + o_t[:, None] * D + o_d[None, :]
-        tl.store(p_out, (b_x * b_inverse).to(p_codes.dtype.element_ty), mask=m_tile)
-    tl.store(p_scale + o_t, tl.div_rn(b_top, b_448), mask=o_t < T)
+def _quantize_kernel(p_x, p_factor, p_codes, p_scale, x_stride, D, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """A row per program."""
+    quantize_row(p_x, p_factor, p_codes, p_scale, tl.program_id(0).to(tl.int64), x_stride, D, BLOCK, BLOCKS)
 
 
 def new_codes(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,10 +80,9 @@ def quantize_rows(x: Tensor, factor: Tensor | None = None, *, eager: bool = Fals
         raise ValueError(f"quantize_rows: Triton does not run on {x.device}; pass eager=True")
     codes, scale = new_codes(rows, width, x.device)
     block = min(MAX_BLOCK, triton.next_power_of_2(width))
-    sizes = {"ROWS": ROWS, "BLOCK": block, "BLOCKS": triton.cdiv(width, block)}
+    sizes = {"BLOCK": block, "BLOCKS": triton.cdiv(width, block), "num_warps": min(max(block // 512, 1), 32)}
     if rows > 0:
-        grid, num_warps = (triton.cdiv(rows, ROWS),), min(max(ROWS * block // PER_WARP, 1), 32)
-        _quantize_kernel[grid](x, factor, codes, scale, x.stride(0), rows, width, **sizes, num_warps=num_warps)
+        _quantize_kernel[(rows,)](x, factor, codes, scale, x.stride(0), width, **sizes)
     return codes, scale
 
 
