@@ -21,7 +21,7 @@ from torchft.modules.block import BLOCKS
 from torchft.modules.checkpointing import Checkpointing
 from torchft.modules.int8_head import Int8Head
 from torchft.modules.loss import linear_cross_entropy, linear_logprobs, soft_cap
-from torchft.modules.moe import MoeConfig
+from torchft.modules.moe import MoeConfig, share_balance
 from torchft.modules.norm import build_norm
 from torchft.modules.rope import RopeConfig, rope_tables
 from torchft.modules.tree_mask import build_tree_mask
@@ -108,6 +108,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size)
+        self.balance = share_balance(self.layers, config.moe)  # None for most models
 
     def forward(
         self,
@@ -134,6 +135,8 @@ class Decoder(nn.Module):
             masks = {
                 window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
             }
+        if self.balance is not None:
+            self.balance.see(input_ids, documents, branches)
         # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
         h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)
         if self.multiplier != 1.0:

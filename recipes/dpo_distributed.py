@@ -25,6 +25,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
+from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, PreferenceOptions, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -210,6 +211,7 @@ def main(cfg: Config) -> None:
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
         pairs, totals = len(loader.step_samples(step - 1)), 0.0
+        routing = balance_routers(model, batches, device, pairs)  # a mixture's auxiliary loss, if it has one
         for batch in batches:
             if not full:  # whose gradients are small: accumulate here first
                 model.set_requires_gradient_sync(batch is batches[-1])
@@ -227,7 +229,7 @@ def main(cfg: Config) -> None:
             grad_norm, found_inf, clip = norm_and_check(params, cfg.optim.max_grad_norm, loss)
             step_optimizer(optimizer, found_inf, clip)  # a step that is not finite is skipped, and the log stops the run
             optimizer.zero_grad()
-        log.figures(pairs, dict(zip(logged, sums, strict=True)))
+        log.figures(pairs, dict(zip(logged, sums, strict=True)) | routing)
         activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()

@@ -22,6 +22,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
+from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, KtoOptions, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -205,6 +206,7 @@ def main(cfg: Config) -> None:
         samples_now, totals = loader.step_samples(step - 1), 0.0
         others = mismatched(train, samples_now, cfg.data.max_seq_len)
         kl = baseline(model, eval_batches(others, **cells), device)
+        routing = balance_routers(model, batches, device, len(samples_now))  # a mixture's auxiliary loss, if it has one
         for batch in batches:
             model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
             micro_loss, sums = batch_loss(model, batch.to(device), kl, cfg.kto)
@@ -217,7 +219,7 @@ def main(cfg: Config) -> None:
         step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
         optimizer.zero_grad()
         logged = verdict_means(torch.stack(sums), kl)
-        log.figures(len(samples_now), {name: value * len(samples_now) for name, value in logged.items()})
+        log.figures(len(samples_now), {name: value * len(samples_now) for name, value in logged.items()} | routing)
         activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()

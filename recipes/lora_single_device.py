@@ -18,6 +18,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
+from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -146,6 +147,8 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
+        if routing := balance_routers(model, batches, device, supervised):  # a mixture's auxiliary loss, if it has one
+            log.figures(supervised, routing)
         loss = torch.zeros((), device=device)
         for batch in batches:
             micro_loss = batch_loss(model, batch.to(device))

@@ -34,8 +34,8 @@ from torchft.throughput import peak_flops, peak_memory_gib
 from torchft.trackers import Trackers
 
 DETERMINISTIC_FIELDS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "epoch", "valid_loss", "exact_match")
-DETERMINISTIC_FIELDS += (*FIGURES, *(f"valid_{name}" for name in FIGURES))
-SHOWN = ("margin", "accuracy", "kl")  # of those, on the terminal
+DETERMINISTIC_FIELDS += ("aux_loss", *FIGURES, *(f"valid_{name}" for name in FIGURES))
+SHOWN = ("aux_loss", "margin", "accuracy", "kl")  # of those, on the terminal
 
 
 class RunLogger:
