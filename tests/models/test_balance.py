@@ -77,6 +77,20 @@ def test_the_loss_is_felt_and_scales():
         torch.testing.assert_close(twice[name] - grad, 2 * (once[name] - grad), rtol=1e-3, atol=1e-3)
 
 
+def test_by_itself_it_evens_the_experts_out():
+    """Nothing is supervised: what is left of the gradient is the auxiliary loss's. Each token takes one of five experts."""
+    _, model, ids = make_twins(balanced(CASES["mixtral-one"], 1.0))
+    batch, found = Batch(ids, torch.full_like(ids, -100), torch.arange(70).expand(2, -1), None, 140, 0), []
+    for _ in range(40):
+        found.append(balance_routers(model, [batch], CPU, 1)["aux_loss"].item())
+        model(ids, labels=batch.labels).backward()
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param -= 1.0 * param.grad if name.endswith("block_sparse_moe.gate.weight") else 0.0
+                param.grad = None
+    assert found[0] > 1.05 and abs(found[-1] - 1) < 0.2 * (found[0] - 1), found  # 1: all are equally busy; 5: one does everything
+
+
 def samples() -> Dataset:
     """Eight of uneven length, the second half of each trained."""
     lengths = np.array([30, 7, 21, 16, 40, 11, 25, 18], np.int64)
