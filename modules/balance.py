@@ -1,9 +1,9 @@
 """The auxiliary loss that keeps a mixture's experts evenly busy (Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4 to 6).
 
-    aux = E * sum_e f_e P_e        f_e  choices of expert e per token and layer: counted, without a gradient
-                                   P_e  its probability, softmax(router x)_e, in the mean over tokens and layers
+    aux = E * sum_e f_e P_e        f_e  how often e is among a token's k experts: counted, without a gradient
+                                   P_e  its probability, softmax(router x)_e
 
-over the tokens of a whole optimizer step, padding left out, and all layers that have a router at once. For one batch that is
+both in the mean over the tokens of a whole optimizer step, padding left out, and over all layers that have a router. For one batch that is
 transformers' `load_balancing_loss_func`; theirs is of each micro-batch by itself, and so depends on how a step is cut.
 
 A product of two means cannot be added up batch by batch, but its gradient can: d aux / d P_e = E f_e is one vector for the
@@ -24,7 +24,8 @@ from torchft.modules.attention import PADDING
 class RouterBalance:
     """What all routers of a model share: the step's counts, then the pull that follows from them.
 
-    A forward with gradients needs the pull of its step. What it recomputes, in backward, is of the batch that came last.
+    A forward with gradients needs the pull of its step, and its backward comes before the next batch: a block that is recomputed
+    finds there the tokens of the batch that came last.
     """
 
     def __init__(self, num_experts: int, top_k: int, coef: float) -> None:
@@ -45,17 +46,18 @@ class RouterBalance:
             tokens = torch.where(branches == 0, tokens * branches.amax(), tokens)
         self.tokens = tokens.view(-1, 1)
 
-    def weigh(self, weights: Tensor, logits: Tensor, chosen: Tensor) -> Tensor:
-        """`weights` (N, k) of the choices `chosen` (N, k) by `logits` (N, E) fp32, as they are; counted, or with the pull behind."""
+    @torch.compiler.disable  # in one graph torch 2.13 can add the pull to the gradient of topk, a scatter, before that is written
+    def watch(self, logits: Tensor) -> Tensor:
+        """The router's `logits` (N, E) fp32 as they are; counted, or with the pull behind them."""
         if self.counting:
-            choices = torch.zeros_like(logits).scatter(1, chosen, 1.0)
-            each = torch.stack((choices, logits.softmax(-1))) * self.tokens  # (2, N, E)
-            self.sums.add_(each.sum(1, dtype=torch.float64))
-            return weights
+            shares = logits.softmax(-1)
+            choices = torch.zeros_like(shares).scatter(1, logits.topk(self.top_k, dim=-1).indices, 1.0)
+            self.sums += (torch.stack((choices, shares)) * self.tokens).sum(1, dtype=torch.float64)
+            return logits
         if not torch.is_grad_enabled():
-            return weights
+            return logits
         assert self.pull is not None, "balance_routers(model, batches, ...) comes before the first forward of a step"
-        return _Pull.apply(weights, logits, self.pull, self.tokens)
+        return _Pull.apply(logits, self.pull, self.tokens)
 
     def start(self, device: torch.device) -> None:
         """From here on forwards are of the step to come, and count."""
@@ -71,15 +73,15 @@ class RouterBalance:
 
 
 class _Pull(torch.autograd.Function):
-    """The choices' weights as they are; in backward the pull's gradient goes to the logits beside what comes from the weights."""
+    """Logits as they are, to whose gradient the pull's is added."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, weights: Tensor, logits: Tensor, pull: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, logits: Tensor, pull: Tensor, tokens: Tensor) -> Tensor:
         ctx.save_for_backward(logits, pull, tokens)
-        return weights.view_as(weights)
+        return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, pull, tokens = ctx.saved_tensors
         shares = logits.softmax(-1)  # (N, E)
-        return grad, tokens * shares * (pull - (shares * pull).sum(-1, keepdim=True)), None, None
+        return grad + tokens * shares * (pull - (shares * pull).sum(-1, keepdim=True)), None, None

@@ -135,10 +135,10 @@ def mixture(
 ) -> Tensor:
     """x (B, T, D) -> (B, T, D)."""
     flat = x.flatten(0, -2)  # (N, D)
-    logits = router(flat).float()  # (N, E)
-    weights, chosen = route(logits, top_k, normalised)
+    logits = router(flat)  # (N, E)
     if balance is not None:
-        weights = balance.weigh(weights, logits, chosen)
+        logits = balance.watch(logits.float())
+    weights, chosen = route(logits, top_k, normalised)
     rows, order = sort_by_expert(chosen, logits.shape[-1])
     return combine(experts(dispatch(flat, order, top_k), rows), order, weights).view(x.shape)
 

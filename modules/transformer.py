@@ -135,7 +135,7 @@ class Decoder(nn.Module):
             masks = {
                 window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
             }
-        if self.balance is not None:
+        if self.balance is not None and cache is None:
             self.balance.see(input_ids, documents, branches)
         # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
         h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)

@@ -22,10 +22,13 @@ from torchft.distributed import join_processes, leave_processes
 from torchft.invariances import difference, gradients
 from torchft.models import build_model, build_reward_model, model_config
 from torchft.modules.attention import PADDING
+from torchft.modules.balance import RouterBalance
 from torchft.modules.checkpointing import apply_activation_checkpointing
+from torchft.modules.compiler import missing_compiler
 from torchft.modules.lora import LoraSpec, add_lora, init_lora, trainable_parameters
 from torchft.modules.nf4 import quantize_nf4
 from torchft.modules.offload import Traffic
+from torchft.modules.routing import route
 from torchft.modules.sharding import cut, local, shard_model
 from torchft.modules.transformer import CausalLM
 from torchft.weights import random_weights
@@ -220,6 +223,23 @@ def test_nor_on_the_compiler(expected):
     """Below the tests that fork: a fork does not survive the compiler's workers."""
     found = difference(gradients(mixture("full", compile_last), CUTS["packed"], SUPERVISED, CPU), expected("full"))
     assert found[0] <= 1e-5, found
+
+
+@pytest.mark.skipif(missing_compiler(CPU) != "", reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_adds_the_pull_to_what_is_written():
+    """In one graph with it, its code for CPUs read a scatter's result, the gradient of topk, too early; aot_eager's does not."""
+    balance = RouterBalance(5, 2, 1.0)
+    balance.pull, balance.tokens, x = torch.rand(5), torch.ones(64, 1), torch.randn(64, 16)
+    router = torch.randn(5, 16, requires_grad=True)
+
+    def weights(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        return route(balance.watch(F.linear(x, router)), 2, normalised=True)[0]
+
+    wanted = torch.autograd.grad(weights(x, router).square().sum(), router)[0]
+    with torch._inductor.config.patch(compile_threads=1):  # no processes of its own, which a fork would not survive
+        found = torch.autograd.grad(torch.compile(weights)(x, router).square().sum(), router)[0]
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_a_shared_prompt_counts_once_for_each_answer():

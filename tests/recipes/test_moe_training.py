@@ -16,6 +16,7 @@ from test_lora_distributed import assert_same_log, assert_same_run, train
 from test_lora_single_device import log_records, options
 from tiny_training import hide_cuda
 
+from torchft.cli import main
 from torchft.models import build_model, gpt_oss, read_config
 from torchft.recipes import lora_single_device
 from torchft.stored import pieces
@@ -94,10 +95,10 @@ def test_all_weights_on_two_processes_are_those_of_one(mixture, chat_data, tmp_p
 
 @pytest.mark.parametrize("mixture", ["qwen3_moe-balanced", "gpt_oss-balanced"], indirect=True)
 def test_the_auxiliary_loss_is_one_on_two_processes(mixture, chat_data, tmp_path):
-    """Of the whole step, cut into four micro-batches or two; logged beside the cross entropy."""
+    """Of the whole step, cut into four micro-batches on one process, four or one on two; logged beside the cross entropy."""
     expected = train(0, mixture, chat_data, tmp_path / "0")
     assert_same_run(train(2, mixture, chat_data, tmp_path / "2", "run.micro_batch_size=1", RECOMPUTED), expected)
-    assert_same_run(train(1, mixture, chat_data, tmp_path / "1", "run.micro_batch_size=8"), expected)
+    assert_same_run(train(2, mixture, chat_data, tmp_path / "1", "run.micro_batch_size=4", "model.shard=1"), expected)
     balanced, plain = log_records(expected), log_records(train(0, without_balance(mixture, tmp_path), chat_data, tmp_path / "off"))
     assert ["aux_loss" in record for record in balanced] == ["loss" in record for record in balanced]
     assert not any("aux_loss" in record for record in plain)
@@ -130,6 +131,15 @@ def test_the_auxiliary_loss_beside_preferences(mixture, request, tmp_path, kind)
     assert len(ours) == len(theirs) and all("aux_loss" in record for record in ours if "loss" in record)
     for record, wanted in zip(ours, theirs, strict=True):
         assert record == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe-balanced"], indirect=True)
+def test_it_is_said_before_the_run_and_refused_where_it_is_not_trained(mixture, chat_data, pair_data, capsys):
+    main(["validate", "tiny/lora", f"model.path={mixture}", f"data.train={chat_data}", "data.valid=[]", "data.valid_fraction=0.25"])
+    assert "the router's auxiliary loss is trained, times 0.3 (config.json: output_router_logits)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["validate", "tiny/reward", f"model.path={mixture}", f"data.train={pair_data}", "data.valid=[]", "data.valid_fraction=0.25"])
+    assert "output_router_logits is true" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mixture", ["qwen3_moe-balanced"], indirect=True)
