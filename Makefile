@@ -1,5 +1,6 @@
 # make demo    the main job on the shipped tiny model, from nothing: environment, installation, training, verified adapter
 # make test    all tests, with their own set-up         make style    what exceeds the project's size budgets
+# make gpu     the tests that need a GPU, which the others hide from themselves: autograd's threads for it do not survive forks
 # make faults  recipes on several processes, launched and killed ones, faults of every kind: some four minutes
 # make torture all faults that the table promises, half an hour; writes docs/TORTURE.md
 # make mutants every planted bug is seen to be caught   make clean    removes the environment and the demo's output
@@ -22,9 +23,9 @@ FAULTS := tests/torture tests/recipes/test_faults.py tests/recipes/test_torchtun
 	$(sort $(wildcard tests/recipes/test_*distributed.py tests/recipes/test_dpo_full.py tests/recipes/test_full_*.py)) \
 	tests/test_launch.py tests/test_atomic.py tests/test_resume.py
 # Each worker begins with one half of the files, in their order: what a file sets up is set up once.
-PYTEST := $(BIN)/python -m pytest -q --dist worksteal -n "$$($(WORKERS))"
+PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --dist worksteal -n "$$($(WORKERS))"
 
-.PHONY: demo test faults torture style mutants clean
+.PHONY: demo test gpu faults torture style mutants clean
 .SILENT:
 
 demo: $(VENV)/.installed
@@ -33,6 +34,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(PYTEST) $(addprefix --ignore ,$(FAULTS))
+
+gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m gpu --dist worksteal -n 4
 
 faults: $(VENV)/.installed-test
 	$(PYTEST) $(FAULTS)

@@ -90,5 +90,6 @@ def quantize_rows_eager(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor
     """The same with PyTorch's ops."""
     x = x.float() if factor is None else x.float() * factor
     largest = x.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_ROW.value)
-    inverse = torch.full_like(largest, LARGEST.value) / largest  # of a number and a tensor, PyTorch rounds the division twice
-    return (x * inverse).to(DTYPE), (largest / LARGEST.value).squeeze(1)
+    # A tensor: a number divided by a tensor is rounded twice, and on a GPU a tensor divided by a number too.
+    top = torch.full_like(largest, LARGEST.value)
+    return (x * (top / largest)).to(DTYPE), (largest / top).squeeze(1)

@@ -92,6 +92,7 @@ class Checkpointing:
         """`block(h, *args)`, checkpointed if block number `index` is one of those and a gradient is wanted."""
         if not torch.is_grad_enabled():
             return block(h, *args)
+        assert block.recomputed == (index in self.blocks), "only recompute_blocks changes which: a block goes by it too"
         if self.probe is not None and index == self.probe.index:
             return self.probe.run(block, h, *args)
         if index not in self.blocks:

@@ -42,8 +42,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_ROW)  # (T, 1)
-    inverse = torch.full_like(largest, LARGEST) / largest  # of a number and a tensor, PyTorch rounds the division twice
-    return (x * inverse).to(DTYPE), (largest / LARGEST).squeeze(-1)
+    # A tensor: a number divided by a tensor is rounded twice, and on a GPU a tensor divided by a number too.
+    top = torch.full_like(largest, LARGEST)
+    return (x * (top / largest)).to(DTYPE), (largest / top).squeeze(-1)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -63,7 +64,9 @@ def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor
         scales = {"scale_a": x_scale.unsqueeze(1), "scale_b": w_scale.unsqueeze(0)}
         return torch._scaled_mm(x, w.T, **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
     y = _sums(x, w) * x_scale.unsqueeze(1) * w_scale
-    return (y if bias is None else y + bias.float()).to(dtype)
+    y = y if bias is None else y + bias.float()
+    # Not `.to` of what is so already: compiled by torch 2.11, a Function that returns its result has gradients of zero.
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _sums(x: Tensor, w: Tensor) -> Tensor:

@@ -59,6 +59,12 @@ def host_tables(model: nn.Module) -> list[nn.Parameter]:
     return [module.weight for module in model.modules() if isinstance(module, HostEmbedding)]
 
 
+def frozen_on_device(model: nn.Module) -> list[nn.Parameter]:
+    """All other parameters that are not trained."""
+    on_host = {id(table) for table in host_tables(model)}
+    return [param for param in model.parameters() if not param.requires_grad and id(param) not in on_host]
+
+
 def placed(table: Tensor, device: torch.device | str) -> Tensor:
     """A table in CPU memory, for a model that computes on `device`."""
     table = table.cpu()

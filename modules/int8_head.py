@@ -33,7 +33,8 @@ def is_int8(weight: Tensor) -> bool:
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(V, D) of any float dtype -> codes (V, D) int8 and scales (V,) fp32. A row with an infinity or NaN gives scale NaN."""
     rows = rows.float()
-    scale = rows.abs().amax(dim=1).clamp_min(SMALLEST_ROW) / LARGEST
+    largest = rows.abs().amax(dim=1).clamp_min(SMALLEST_ROW)
+    scale = largest / torch.full_like(largest, LARGEST)  # a tensor: a GPU multiplies by a number's rounded inverse
     codes = torch.round(rows / scale[:, None]).clamp_(-LARGEST, LARGEST).to(torch.int8)
     return codes, torch.where(scale.isfinite(), scale, torch.nan)
 

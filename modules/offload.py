@@ -161,9 +161,9 @@ class Journey:
 
     def unpack(self, packed: Tensor | _Ticket) -> Tensor:
         """Autograd's: the tensor again, in its old shape and strides."""
+        self.traffic.turn(self)
         if isinstance(packed, Tensor):
             return packed
-        self.traffic.turn(self)
         self.traffic.link.wait(self.gone)  # what has not left is read where it is, and freed behind its copy
         self.gone = None
         item = packed.item

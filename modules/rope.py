@@ -123,13 +123,17 @@ def _yarn(plain: Tensor, rope: RopeConfig) -> Tensor:
     return plain / rope.factor * (1 - kept) + plain * kept
 
 
-def rope_tables(rope: RopeConfig, positions: Tensor, more: int = 0) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    rope: RopeConfig, positions: Tensor, more: int = 0, frequencies: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every angle: positions (B, T) int -> two fp32 tensors (B, T, R/2) on the same device.
 
-    more: tokens that each row will still get, in generation; see `document_lengths`.
+    more: tokens that each row will still get, in generation; see `document_lengths`. frequencies: `inverse_frequencies` on that
+    device, where those are known.
     """
-    lengths = document_lengths(positions, more) if rope.kind in BY_LENGTH else None
-    frequencies = inverse_frequencies(rope, lengths).to(positions.device, non_blocking=True)
+    if frequencies is None:
+        lengths = document_lengths(positions, more) if rope.kind in BY_LENGTH else None
+        frequencies = inverse_frequencies(rope, lengths).to(positions.device, non_blocking=True)
     angles = positions[..., None].float() * frequencies
     scale = _table_scale(rope)
     return angles.cos() * scale, angles.sin() * scale

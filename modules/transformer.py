@@ -23,7 +23,7 @@ from torchft.modules.int8_head import Int8Head
 from torchft.modules.loss import linear_cross_entropy, linear_logprobs, soft_cap
 from torchft.modules.moe import MoeConfig, share_balance
 from torchft.modules.norm import build_norm
-from torchft.modules.rope import RopeConfig, rope_tables
+from torchft.modules.rope import BY_LENGTH, RopeConfig, inverse_frequencies, rope_tables
 from torchft.modules.tree_mask import build_tree_mask
 
 
@@ -103,6 +103,7 @@ class Decoder(nn.Module):
         self.ropes = config.layer_ropes or (config.rope,) * config.num_hidden_layers
         self.beyond_sdpa = config.attn_logit_softcapping is not None or config.attention_sinks
         self.multiplier = config.embedding_multiplier
+        self.frequencies: dict[tuple[RopeConfig, torch.device], Tensor] = {}
         self.windows = config.sliding_windows or (None,) * config.num_hidden_layers
         self.checkpointing = Checkpointing()  # replaced by apply_activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -126,7 +127,8 @@ class Decoder(nn.Module):
             documents = cache.extend(num_tokens, documents)
         if positions is None:
             positions = torch.arange(start, start + num_tokens, device=device)[None]
-        tables = {rope: rope_tables(rope, positions, more) for rope in dict.fromkeys(self.ropes)}  # (B or 1, T, R/2) twice
+        # (B or 1, T, R/2) twice
+        tables = {rope: rope_tables(rope, positions, more, self._frequencies(rope, device)) for rope in dict.fromkeys(self.ropes)}
         if branches is not None:
             assert documents is not None and cache is None, "a tree of branches is trained, and never generated from"
             masks = {window: build_tree_mask(documents, branches, positions, window) for window in set(self.windows)}
@@ -146,6 +148,14 @@ class Decoder(nn.Module):
             cos, sin = tables[self.ropes[index]]
             h = self.checkpointing.run(index, block, h, cos, sin, masks[self.windows[index]], layer_cache, start)
         return self.norm(h)
+
+    def _frequencies(self, rope: RopeConfig, device: torch.device) -> Tensor | None:
+        """RoPE's, where the text does not matter: copied to the device once, which a CUDA graph could not do for itself."""
+        if rope.kind in BY_LENGTH:
+            return None
+        if (rope, device) not in self.frequencies:
+            self.frequencies[rope, device] = inverse_frequencies(rope).to(device)
+        return self.frequencies[rope, device]
 
 
 class CausalLM(nn.Module):

@@ -54,6 +54,7 @@ from torchft.parse import parse
 from torchft.profiling import ProfileWindow
 from torchft.ranks import rank, world_size
 from torchft.run_dir import best_checkpoint
+from torchft.step_graph import StepGraph
 from torchft.storage import store_frozen
 from torchft.throughput import flops_per_token
 from torchft.weights import load_weights, random_weights
@@ -73,6 +74,13 @@ class Config:
 def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
     """Sum over the batch's supervised tokens of their cross entropy, in nats: a fp32 scalar."""
     return model(batch.input_ids, positions=batch.positions, documents=batch.documents, labels=batch.labels)
+
+
+def run_batch(model: CausalLM, batch: Batch, divisor: float | torch.Tensor) -> torch.Tensor:
+    """Adds the gradients of the batch's loss / divisor; returns its loss."""
+    loss = batch_loss(model, batch)
+    (loss / divisor).backward()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -128,6 +136,7 @@ def main(cfg: Config) -> None:
     init_adapter(model, cfg.lora, new_ids, generator)
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim)
+    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log.print)  # or run_batch itself, launch by launch
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     with node_leader_first():
@@ -168,9 +177,8 @@ def main(cfg: Config) -> None:
         loss = torch.zeros((), device=device)
         for batch in batches:
             model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
-            micro_loss = batch_loss(model, batch.to(device))
-            (micro_loss * world_size() / supervised).backward()  # FSDP2 takes the mean over processes; the sum is meant
-            loss += micro_loss.detach()
+            divisor = supervised / world_size()  # FSDP2 takes the mean over processes; the sum is meant
+            loss += train_batch(model, batch.to(device), divisor)
         sum_over_processes(loss)
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)

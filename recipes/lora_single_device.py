@@ -42,6 +42,7 @@ from torchft.optim import build_optimizer, clip_and_check, lr_at, set_lr, step_o
 from torchft.parse import parse
 from torchft.profiling import ProfileWindow
 from torchft.run_dir import best_checkpoint
+from torchft.step_graph import StepGraph
 from torchft.storage import store_frozen
 from torchft.throughput import flops_per_token
 from torchft.weights import load_weights, random_weights
@@ -61,6 +62,13 @@ class Config:
 def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
     """Sum over the batch's supervised tokens of their cross entropy, in nats: a fp32 scalar."""
     return model(batch.input_ids, positions=batch.positions, documents=batch.documents, labels=batch.labels)
+
+
+def run_batch(model: CausalLM, batch: Batch, divisor: float | torch.Tensor) -> torch.Tensor:
+    """Adds the gradients of the batch's loss / divisor; returns its loss."""
+    loss = batch_loss(model, batch)
+    (loss / divisor).backward()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -114,6 +122,7 @@ def main(cfg: Config) -> None:
     init_adapter(model, cfg.lora, new_ids, generator)
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim)
+    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log.print)  # or run_batch itself, launch by launch
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     train, valid = build_datasets(cfg.data, tokenizer, template, run.seed)
@@ -151,9 +160,7 @@ def main(cfg: Config) -> None:
             log.figures(supervised, routing)
         loss = torch.zeros((), device=device)
         for batch in batches:
-            micro_loss = batch_loss(model, batch.to(device))
-            (micro_loss / supervised).backward()
-            loss += micro_loss.detach()
+            loss += train_batch(model, batch.to(device), supervised)
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)
         grad_norm, found_inf = clip_and_check(params, cfg.optim.max_grad_norm, loss)

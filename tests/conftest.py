@@ -14,6 +14,7 @@ os.environ["HF_HOME"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_deterministic_algorithms; on Hopper the usual size
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "HF_TOKEN"):
     os.environ.pop(_name, None)
 # Tests start processes that import torchft too: they get this tree, and not one that is installed somewhere else.
@@ -26,6 +27,9 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the kernels run in its interpreter
+    # The first backward decides for how many devices autograd has threads, with which a process cannot fork. After a
+    # torch.compile, a build for CUDA would count one that is not there.
+    torch.zeros((), requires_grad=True).backward()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -43,6 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repo() -> Path:
     """The root of this tree."""
     return REPO
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files whose tests fork: see hide_cuda."""
+    from tiny_training import hide_cuda
+
+    hide_cuda(monkeypatch)
 
 
 @pytest.fixture(scope="session")

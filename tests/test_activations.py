@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import problems, run_processes
-from test_fuse import adapted, batch, fused, gradients
+from test_fuse import VARIANTS, adapted, batch, fused, gradients
 from test_fuse_fp8 import in_fp8
 from tiny_training import hide_cuda
 
@@ -87,13 +87,17 @@ def recomputed(model: CausalLM) -> list[bool]:
     return [block.recomputed for block in model.model.layers]
 
 
+ROOMS = [("llama", -1, 3), ("llama", 0, 2), ("llama", 1, 1), ("llama", 1.9, 1), ("llama", 2.5, 0), ("llama", 99, 0)]
+ROOMS += [("qk_norm", 1, 1), ("nf4", 1, 1), ("fp8", 0, 2), ("fp8", 99, 0)]
+
+
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("room, expected", [(-1, 3), (0, 2), (1, 1), (1.9, 1), (2.5, 0), (99, 0)])
+@pytest.mark.parametrize("variant, room, expected", ROOMS)
 def test_two_steps_are_measured_and_then_it_is_decided(
-    room: float, expected: int, offload: bool, monkeypatch: pytest.MonkeyPatch
+    variant: str, room: float, expected: int, offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first blocks are recomputed, as many as do not fit; no result changes by a bit."""
-    model = fused(adapted())
+    model = fused(in_fp8() if variant == "fp8" else VARIANTS[variant]())
     loss, grads = gradients(model)
     found, log = memory_of(model, "auto", offload)
     block = {}

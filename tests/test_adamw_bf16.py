@@ -12,6 +12,7 @@ from tiny_training import hide_cuda
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchft.adamw_bf16 import AdamWBf16
 from torchft.config import OptimConfig
@@ -237,6 +238,33 @@ def divided(expected: dict[str, Tensor]) -> None:
         assert same(got, expected)
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of an op."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        super().__init__()
+        self.op, self.count = op, 0
+
+    def __torch_dispatch__(self, op: torch._ops.OpOverload, types: tuple, args: tuple = (), named: dict | None = None) -> object:
+        self.count += op is self.op
+        return op(*args, **(named or {}))
+
+
+def test_no_step_takes_a_number_from_a_tensor() -> None:
+    """What waits on a GPU, seen on the CPU too; with and without clipping."""
+    params = make_params()
+    optimizer, reads = build(params), Calls(torch.ops.aten._local_scalar_dense.default)
+    for step, max_norm in enumerate((0.0, 1.0)):
+        set_grads(params, step)
+        with reads:
+            _, found_inf, clip = norm_and_check(params, max_norm, GO)
+            step_optimizer(optimizer, found_inf, clip)
+    assert reads.count == 0
+    with reads:
+        found_inf.item()
+    assert reads.count == 1
 
 
 @pytest.mark.gpu

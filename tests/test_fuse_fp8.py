@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from processes import problems, run_processes
 from test_fuse import ALL, adapted, batch, fused, gradients
+from test_fuse_bf16 import tokens_apart
 from tiny_training import hide_cuda
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -211,11 +212,11 @@ def test_divided_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize("variant", ["llama", "biases", "qk_norm", "some linears"])
 def test_bf16_on_cuda_is_as_close_to_dense_fp32_as_the_plain_fp8_model(variant: str, mode: str) -> None:
-    exact = adapted(**VARIANTS[variant])
-    plain = in_fp8(dtype=torch.bfloat16, **VARIANTS[variant])
+    exact = tokens_apart(adapted(**VARIANTS[variant]))
+    plain = tokens_apart(in_fp8(dtype=torch.bfloat16, **VARIANTS[variant]))
     twin = fused(plain.cuda(), ())
     for each in (plain, twin):
         apply_activation_checkpointing(each, mode)
     _, reference = test_fuse.gpu_gradients(copy.deepcopy(exact).cuda(), batch())
     errors = [distance(test_fuse.gpu_gradients(each, batch())[1], reference) for each in (plain, twin)]
-    assert errors[1] <= 1.2 * errors[0] < 0.4
+    assert errors[1] <= 1.2 * errors[0] < 0.1

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import problems, run_processes
 from safetensors.torch import load_file, save_file
-from tiny_training import hide_cuda
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,9 +31,7 @@ from torchft.run_dir import checkpoints, verify_checkpoint
 CONFIG = {"run": {"out": "out"}, "optim": {"name": "adamw"}}
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 class Run:

@@ -59,7 +59,8 @@ class AdamWBf16(torch.optim.Optimizer):
                     "exp_avg": torch.zeros_like(param),
                     "exp_avg_sq": torch.zeros_like(param),
                 }
-        torch._foreach_add_([self.state[param]["step"] for _, _, param in todo], 1 - found_inf)
+        # A list: of one tensor it would take the number, for which the host waits.
+        torch._foreach_add_([self.state[param]["step"] for _, _, param in todo], [1 - found_inf] * len(todo))
         for index, group, param in todo:
             self._update(index, group, param, found_inf)
 

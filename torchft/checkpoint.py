@@ -39,7 +39,7 @@ from torchft.run_dir import FORMAT, checkpoint_path, checkpoints, leftovers, pru
 
 # What a continued run may change: how long, how often, where to, how fast. The data, the model and the adapter stay.
 MAY_CHANGE = re.compile(
-    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload(_activations)?|shard|kernels.*)|data\.max_bad_rows|dpo\.reference"
+    r"(run|optim)\..+|model\.(compile|activation_checkpointing|offload|shard|kernels.*)|data\.max_bad_rows|dpo\.reference"
 )
 MUST_STAY = ("optim.name", "run.seed", "run.global_batch_size")
 TENSOR_FILES = ("params", "optimizer", "rng")
@@ -251,7 +251,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[A
 
     An option that did not exist then and is empty now is no difference, nor is one that was moved with its value.
     """
-    old, new = ({MOVED_KEYS.get(key, key): value for key, value in _flatten(config)} for config in (then, now))
+    old, new = ({MOVED_KEYS.get(key, (key,))[0]: value for key, value in _flatten(config)} for config in (then, now))
     new = {key: value for key, value in new.items() if key in old or value not in ([], {}, "")}
     pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

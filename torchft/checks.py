@@ -27,6 +27,7 @@ CHOICES = {
     "dpo.reference": ("auto", "precomputed", "copy"),
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding")  # lora: the folded products
+SWITCHES = (*KERNELS, "graph")  # of model.kernels; graph: see torchft/step_graph.py
 OFFLOADED = ("activations", "embeddings", "weights")
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
@@ -101,8 +102,8 @@ def _check_model(values: dict[str, Any]) -> Problems:
     for name in set(values.get("model.offload", [])) - set(OFFLOADED):
         problems.append(("model.offload", f"holds {show(name)}; what can be kept in CPU memory is {', '.join(OFFLOADED)}"))
     for name, value in values.get("model.kernels", {}).items():
-        if name not in KERNELS or value not in ("triton", "eager"):
-            known = f"write one of {', '.join(KERNELS)} with eager or triton, such as {{rope: eager}}"
+        if name not in SWITCHES or value not in ("triton", "eager"):
+            known = f"write one of {', '.join(SWITCHES)} with eager or triton, such as {{rope: eager}}"
             problems.append(("model.kernels", f"holds {show_key(name)}: {show_key(value)}; {known}"))
     if values.get("model.path") == "":
         problems.append(

@@ -21,7 +21,7 @@ class ModelConfig:
     activation_checkpointing: str = "none"  # none | full | every_<n>: every n-th block is recomputed | auto: what does not fit
     offload: list[str] = field(default_factory=list)  # to CPU memory: activations (of recomputed blocks), embeddings, weights
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
-    kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py
+    kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py and step_graph.py
     shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)
 
 

@@ -20,7 +20,7 @@ from torchft.crash import leave_when_another_fails
 from torchft.data.loader import resolve_micro_batch_size
 from torchft.errors import ConfigError, UserError
 from torchft.modules import fp8, int8_head, nf4
-from torchft.modules.host_embedding import host_tables
+from torchft.modules.host_embedding import frozen_on_device
 from torchft.modules.sharding import ShardReport, shard_model
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import local_rank, rank, world_size
@@ -115,8 +115,6 @@ def divide(
 
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
     dense_bytes = getattr(torch, cfg.dtype).itemsize
-    on_host = {id(table) for table in host_tables(model)}
-    frozen = [param for param in model.parameters() if not param.requires_grad and id(param) not in on_host]
 
     def each(param: torch.Tensor) -> float:
         if int8_head.is_int8(param):
@@ -125,7 +123,8 @@ def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
             return 2  # fused blocks may keep a transpose: torchft/fused_fp8.py
         return nf4.BYTES if isinstance(param, nf4.NF4Tensor) else dense_bytes
 
-    return sum(param.numel() * each(param) for param in frozen) <= FITS * torch.cuda.get_device_properties(device).total_memory
+    frozen_bytes = sum(param.numel() * each(param) for param in frozen_on_device(model))
+    return frozen_bytes <= FITS * torch.cuda.get_device_properties(device).total_memory
 
 
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:

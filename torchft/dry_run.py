@@ -289,7 +289,7 @@ def frozen_bytes(model: "CausalLM", dtype: str) -> float:
     Where nothing is recomputed, fused FP8 blocks keep each weight's transpose too, see torchft/fused_fp8.py; `auto` counts it.
     """
     from torchft.modules.fp8 import is_fp8
-    from torchft.modules.host_embedding import host_tables
+    from torchft.modules.host_embedding import frozen_on_device
     from torchft.modules.int8_head import is_int8
     from torchft.modules.nf4 import NF4Tensor
 
@@ -300,9 +300,7 @@ def frozen_bytes(model: "CausalLM", dtype: str) -> float:
             return NF4_BYTES
         return 1 + 4 / param.shape[1] if is_fp8(param) or is_int8(param) else dense  # a fp32 scale per row
 
-    on_host = {id(table) for table in host_tables(model)}
-    frozen = (param for param in model.parameters() if not param.requires_grad and id(param) not in on_host)
-    return sum(param.numel() * each(param) for param in frozen)
+    return sum(param.numel() * each(param) for param in frozen_on_device(model))
 
 
 def offloaded_memory(model: "CausalLM", dtype: str) -> str:

@@ -111,11 +111,16 @@ class FusedBlock(Block):
         base = [part for linear in linears for part in nf4.storage(linear.weight)]
         return Group(base, kinds, a, b, self.scale), bias
 
+    def _kept(self, key: str, linears: list[nn.Linear]) -> Tensor | None:
+        """The matrix laid for these linears, as long as their weights are still views of it."""
+        matrix = self.packed.get(key)
+        memory = None if matrix is None else matrix.untyped_storage().data_ptr()
+        return matrix if all(linear.weight.untyped_storage().data_ptr() == memory for linear in linears) else None
+
     def _extended(self, key: str, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor]) -> Tensor:
         """The kept E, of which the frozen weights are views; made when they first come, and again when they are replaced."""
-        extended = self.packed.get(key)
-        memory = None if extended is None else extended.untyped_storage().data_ptr()
-        if extended is None or any(linear.weight.untyped_storage().data_ptr() != memory for linear in linears):
+        extended = self._kept(key, linears)
+        if extended is None:
             extended, row = new_extended(a, b, linears[0].weight.dtype), 0
             for linear in linears:
                 place = extended[row : row + linear.out_features, : linear.in_features]

@@ -73,9 +73,8 @@ class FusedFp8Block(FusedBlock):
 
     def _stacked(self, key: str, linears: list[nn.Linear]) -> Tensor:
         """The kept codes above each other, of which the weights are views; made anew when these are replaced."""
-        stacked = self.packed.get(key)
-        memory = None if stacked is None else stacked.untyped_storage().data_ptr()
-        if stacked is None or any(linear.weight.untyped_storage().data_ptr() != memory for linear in linears):
+        stacked = self._kept(key, linears)
+        if stacked is None:
             stacked, row = above_each_other([linear.weight.detach() for linear in linears]), 0
             for linear in linears:
                 linear.weight.data = stacked[row : row + linear.out_features]

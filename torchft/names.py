@@ -34,7 +34,10 @@ RECIPE_ALIASES = {
 }
 FULL_DPO = "full_dpo_distributed"  # torchtune's too, but no alias: with a config for LoRA it would train an adapter
 
-MOVED_KEYS = {"lora.new_tokens": "data.new_tokens"}  # what our own options were called before
+MOVED_KEYS = {  # what our own options were called before -> now, and what is said of it
+    "lora.new_tokens": ("data.new_tokens", "is called data.new_tokens now, for all recipes"),
+    "model.offload_activations": ("model.offload", "is model.offload=[activations] now"),
+}
 
 _ADAPTER_MODULES = "lora.target_modules, a list of leaf names such as q_proj, down_proj, or all-linear"
 _BATCH = (
@@ -192,10 +195,8 @@ def find_recipe_or_config(name: str) -> Path:
 
 def old_key_advice(key: str) -> str:
     """What to do about an option that had another name, that only torchtune has, or that names code; "" for any other key."""
-    if key == "model.offload_activations":
-        return "is model.offload=[activations] now"
     if key in MOVED_KEYS:
-        return f"is called {MOVED_KEYS[key]} now, for all recipes"
+        return MOVED_KEYS[key][1]
     group, _, leaf = key.rpartition(".")
     advice = OLD_KEYS.get(key, OLD_KEYS.get(group.partition(".")[0], ""))
     advice = advice if advice.startswith("remove it") or not advice else f"use {advice}"

@@ -41,16 +41,34 @@ def llama3_reference(shared_data):
     return PreTrainedTokenizerFast.from_pretrained(shared_data / "tokenizers/llama3_hf")
 
 
+def check_llama3(text, by_json, by_tiktoken, reference):
+    """Two representations and transformers give one text the same ids, none of them a control token's, and it comes back."""
+    ids, offsets = by_json.encode(text)
+    assert ids == reference.encode(text, add_special_tokens=False), text
+    assert (ids, offsets) == by_tiktoken.encode(text), text
+    check_offsets(text, offsets)
+    assert by_json.decode(ids) == by_tiktoken.decode(ids) == text
+    assert not by_json.control_ids & set(ids)
+
+
+def check_sentencepiece(text, ours, reference):
+    """The same of a sentencepiece model and transformers' conversion of it, at the start of a text and behind a control token."""
+    ids, offsets = ours.encode(text)
+    # Before a text that begins with a blank, transformers' Metaspace leaves out the one that sentencepiece always puts.
+    if text[0] not in " ▁":
+        assert ids == reference.encode(text, add_special_tokens=False), text
+    assert ours.encode(text, first=False)[0] == reference.encode("<s>" + text, add_special_tokens=False)[1:], text
+    check_offsets(text, offsets)
+    check_offsets(text, ours.encode(text, first=False)[1])
+    assert ours.decode(ids) == text.replace("▁", " ")
+    assert not ours.control_ids & set(ids)
+
+
 def test_llama3_json_and_tiktoken_and_transformers_agree(load, llama3_reference):
     llama3, llama3_tiktoken = load("llama3_hf"), load("llama3")
     rng = random.Random(0)
     for _ in range(3000):
-        text = random_text(rng)
-        ids, offsets = llama3.encode(text)
-        assert ids == llama3_reference.encode(text, add_special_tokens=False)
-        assert (ids, offsets) == llama3_tiktoken.encode(text)
-        check_offsets(text, offsets)
-        assert llama3.decode(ids) == llama3_tiktoken.decode(ids) == text
+        check_llama3(random_text(rng), llama3, llama3_tiktoken, llama3_reference)
     assert llama3.special_tokens == llama3_tiktoken.special_tokens
     assert llama3.vocab_size == llama3_tiktoken.vocab_size == 128_256
     assert (llama3.bos_token, llama3.bos_id, llama3.eos_token, llama3.eos_id) == (
@@ -81,15 +99,7 @@ def test_sentencepiece_equals_transformers_conversion(name, load, shared_data):
         for text in ("tinyshakespeare", "wiki_demo")
     ]
     for text in texts:
-        ids, offsets = ours.encode(text)
-        # Before a text that begins with a blank, transformers' Metaspace leaves out the one that sentencepiece always
-        # puts.
-        if text[0] not in " ▁":
-            assert ids == reference.encode(text, add_special_tokens=False), text
-        assert ours.encode(text, first=False)[0] == reference.encode("<s>" + text, add_special_tokens=False)[1:], text
-        check_offsets(text, offsets)
-        check_offsets(text, ours.encode(text, first=False)[1])
-        assert ours.decode(ids) == text.replace("▁", " ")
+        check_sentencepiece(text, ours, reference)
     assert (ours.bos_id, ours.eos_id, ours.special_tokens["<unk>"]) == (1, 2, 0)
     assert ours.vocab_size == ours.backend.model.processor.vocab_size()
 

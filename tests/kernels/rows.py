@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +31,17 @@ def poisoned() -> Iterator[None]:
         torch.empty, torch.empty_like = empty, empty_like
     assert guards, "nothing was allocated through torch.empty"
     assert all(guard.isnan().all() for guard in guards), "written behind the end of an output"
+
+
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten of memory from torch.empty is NaN."""
+    empty = torch.empty
+
+    def nan_empty(*args: object, **options: object) -> Tensor:
+        tensor = empty(*args, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", nan_empty)
 
 
 @contextmanager

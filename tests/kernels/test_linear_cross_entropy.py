@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from rows import poison_empty
 
 from torchft.kernels import linear_cross_entropy as kernel
 from torchft.kernels.linear_cross_entropy import default_chunk_size, linear_cross_entropy, linear_logprobs
@@ -20,13 +21,7 @@ BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3}
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """What a kernel leaves unwritten is NaN."""
-    empty = torch.empty
-
-    def poisoned(*args, **options):
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_empty(monkeypatch)
 
 
 @pytest.fixture(params=[False, True], ids=["triton", "eager"])

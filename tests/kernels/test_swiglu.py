@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from rows import poison_empty
 
 from torchft.kernels.swiglu import ACTIVATIONS, gated, swiglu, swiglu_backward
 
@@ -16,13 +17,7 @@ BOUNDS = {torch.float32: 1e-6, torch.float16: 5e-4}  # of the relative error; ha
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """What a kernel leaves unwritten is NaN."""
-    empty = torch.empty
-
-    def poisoned(*args, **options):
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_empty(monkeypatch)
 
 
 def act(gate: torch.Tensor, activation: str) -> torch.Tensor:

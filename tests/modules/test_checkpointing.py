@@ -180,6 +180,15 @@ def test_some_of_the_blocks_can_be_chosen():
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
+def test_nothing_else_chooses_them():
+    """A fused block saves other tensors where it is recomputed: both places must say the same, or backward finds one too few."""
+    model = model_with_dropout()
+    recompute_blocks(model, range(4), offload=False)
+    model.model.checkpointing.blocks = range(5)
+    with pytest.raises(AssertionError, match="recompute_blocks"):
+        loss_and_gradients(model)
+
+
 def test_offloading_without_checkpointing_is_refused():
     with pytest.raises(ValueError, match="model.offload"):
         apply_activation_checkpointing(model_with_dropout(), "none", offload=True)

@@ -63,6 +63,14 @@ def test_codes_are_rounded_to_nearest_even_and_fill_the_range() -> None:
     assert scale[0] == 1.0 and scale[2] == pytest.approx(0.02) and scale.dtype == torch.float32
 
 
+def test_scales_are_the_quotient_rounded_once() -> None:
+    """On every device, so that the codes are everywhere the same: a GPU would multiply by the rounded inverse of a number."""
+    rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    codes, scale = quantize_rows(rows)
+    assert torch.equal(scale, (rows.abs().amax(1).double() / 127).float())  # fp64 has digits enough to round twice
+    assert torch.equal(codes.cpu(), quantize_rows(rows.cpu())[0])
+
+
 def test_the_error_is_nine_tenths_of_a_percent() -> None:
     weight = 0.02 * torch.randn(200, 4096, generator=torch.Generator().manual_seed(0))
     error = dense(*quantize_rows(weight)) - weight

@@ -81,6 +81,7 @@ MODELS: dict[str, Callable[[], CausalLM]] = {
     "two linears": lambda: adapted(LoraSpec(rank=4, alpha=12, target_modules=("q_proj", "v_proj"))),
     "bf16": lambda: adapted(dtype=torch.bfloat16),
     "fp8": in_fp8,
+    "fp8 bf16": lambda: in_fp8(dtype=torch.bfloat16),
 }
 
 
@@ -145,6 +146,8 @@ def test_at_most_two_blocks_are_on_the_device_and_little_more_than_one_in_backwa
 
     def watched(self: Journey, packed: object) -> Tensor:
         x, before = unpack(self, packed), journeys[: journeys.index(weakref.ref(self))]
+        if isinstance(packed, Tensor):  # it never left; torch 2.11 asks for one before backward asks for anything else
+            return x
         begins = packed.item is list(self.items.values())[-1]  # what attention adds, which the second half is recomputed from
         backward.append((begins, sum(on_the_device(journeys)), sum(on_the_device(before))))
         return x

@@ -4,7 +4,8 @@ The same logic with copies as late as they can be, and without a GPU: test_offlo
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from torchft import activations  # noqa: E402
 from torchft.activations import MEASURED_STEPS, ActivationMemory  # noqa: E402
 from torchft.config import DataConfig, ModelConfig, RunConfig  # noqa: E402
 from torchft.fuse import swap  # noqa: E402
-from torchft.modules.checkpointing import apply_activation_checkpointing  # noqa: E402
+from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks  # noqa: E402
 from torchft.modules.lora import trainable_parameters  # noqa: E402
 from torchft.modules.offload import Link, Traffic  # noqa: E402
 from torchft.modules.rope import RopeConfig  # noqa: E402
@@ -73,6 +74,16 @@ def large_step(model: CausalLM, rows: str) -> tuple[float, list[Tensor], int]:
     return loss.item(), grads, torch.cuda.max_memory_allocated() - before
 
 
+@contextmanager
+def fixed_order() -> Iterator[None]:
+    """Attention's backward adds in one order, which by itself it does not: no bit may differ."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
     """Attention's backward adds in no fixed order on a GPU, and nothing else may differ."""
     for one, other in zip(found, expected, strict=True):
@@ -84,17 +95,23 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("rows", ["whole", "packed"])
 @pytest.mark.parametrize("variant", LARGE_MODELS)
 def test_gradients_on_cuda_with_copies_in_time_and_late(variant: str, rows: str, late: bool) -> None:
+    """In FP8 to the bit, with attention in a fixed order: of a last bit of its gradients e4m3's ties make percents, 8 blocks on.
+
+    (Those of whole rows: 2% on an H200, where bf16 stays below 1%. FlexAttention, of packed ones, has an order.)
+    """
     torch._dynamo.reset()  # the ninth form of one function would run uncompiled
-    model = large_model(variant)
-    loss, expected, without = large_step(model, rows)
-    expected = [grad.clone() for grad in expected]
+    model, exact = large_model(variant), variant == "fp8" and rows == "whole"
     device = torch.device("cuda", torch.cuda.current_device())
-    apply_activation_checkpointing(model, "full", offload=True)
-    traffic = model.model.checkpointing.traffic = Traffic(device, SlowLink(device) if late else None)
-    for _ in range(3):  # buffers are pinned in the first, and used again at once in the others
-        found_loss, found, taken = large_step(model, rows)
-        assert found_loss == pytest.approx(loss, rel=1e-3)
-        assert_close(found, expected)
+    with fixed_order() if exact else nullcontext():
+        loss, expected, without = large_step(model, rows)
+        expected = [grad.clone() for grad in expected]
+        apply_activation_checkpointing(model, "full", offload=True)
+        traffic = model.model.checkpointing.traffic = Traffic(device, SlowLink(device) if late else None)
+        for _ in range(3):  # buffers are pinned in the first, and used again at once in the others
+            found_loss, found, taken = large_step(model, rows)
+            assert found_loss == (loss if exact else pytest.approx(loss, rel=1e-3))
+            assert_close(found, expected)
+            assert not exact or all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     whole, block = 2 * 2048 * 1024 * 2, 2 * 2048 * (1024 * 4 + 2 * 512 + 2 * 4096) * 2  # h; all that one block keeps
     assert traffic.sent >= 3 * 7 * 3 * whole  # h, delta, q, the attention's output, and more, of 7 blocks
     assert all(buffer.is_pinned() for buffer in traffic.memory.buffers())
@@ -179,7 +196,7 @@ def test_a_probe_counts_what_a_block_takes_on_cuda(variant: str) -> None:
     )
     probe = model.model.checkpointing.probe
     for blocks in (range(8), range(7)):
-        model.model.checkpointing.blocks = blocks
+        recompute_blocks(model, blocks, offload=False)
         model.model.checkpointing.probe = probe if len(blocks) == 7 else None
         before = torch.cuda.memory_allocated()
         loss = model(ids, labels=ids)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import problems, run_processes
-from tiny_training import hide_cuda
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,9 +33,7 @@ CONFIG = TransformerConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def nf4_model() -> CausalLM:

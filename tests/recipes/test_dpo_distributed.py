@@ -11,7 +11,7 @@ import pytest
 from processes import problems, run_processes
 from safetensors.torch import load_file
 from test_lora_single_device import log_records, relative_error
-from tiny_training import assert_same, hide_cuda
+from tiny_training import assert_same
 
 from torchft.errors import ConfigError
 from torchft.losses import REFERENCE_FREE
@@ -24,9 +24,7 @@ SHORT = ("run.max_steps=3", "run.sample_rows=0")
 LOSSES = ("sigmoid", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "cpo")
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def options(model: Path, data: Path, out: Path, *more: str) -> recipe.Config:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import problems, run_processes
+from processes import run_processes
 from safetensors.torch import load_file
 from test_dpo_distributed import STEPS, train
 from test_dpo_distributed import options as adapter_options
 from test_full_finetune_distributed import dcp_tensors, exported
 from test_lora_single_device import log_records, relative_error
-from tiny_training import assert_same, hide_cuda
+from tiny_training import assert_same
 from transformers import AutoModelForCausalLM
 
 from torchft import reference
@@ -25,9 +25,7 @@ KINDS = ("precomputed", "copy")
 SAVING = ("run.save_every=1", "run.keep_last=9")
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def train_all(processes: int, model: Path, data: Path, out: Path, *more: str) -> Path:

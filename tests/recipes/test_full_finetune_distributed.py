@@ -14,7 +14,7 @@ from processes import fork, problems, run_processes
 from safetensors.torch import load_file, save_file
 from test_lora_distributed import assert_same_log
 from test_lora_single_device import log_records, relative_error
-from tiny_training import assert_same, hide_cuda
+from tiny_training import assert_same
 from transformers import AutoModelForCausalLM
 
 from torchft import parts
@@ -33,9 +33,7 @@ from torchft.weights import load_weights
 STEPS = 4
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def options(model: Path, data: Path, out: Path, *more: str) -> recipe.Config:

@@ -13,7 +13,7 @@ from processes import problems, run_processes
 from test_full_finetune_distributed import dcp_tensors, dying_run, exported, options, train
 from test_full_new_tokens import CHATML
 from test_lora_single_device import log_records
-from tiny_training import assert_same, hide_cuda
+from tiny_training import assert_same
 from torch.distributed import device_mesh
 from torch.distributed.fsdp._fully_shard import _fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
@@ -28,9 +28,7 @@ from torchft.weights import load_weights
 OFFLOADED = "model.offload=[weights]"
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def of_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:

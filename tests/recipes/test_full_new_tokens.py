@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_full_finetune_distributed import dying_run, exported, options, tied_copy, train
 from test_lora_distributed import assert_same_log
 from test_lora_single_device import log_records, relative_error
-from tiny_training import assert_same, hide_cuda
+from tiny_training import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchft.adapter import probe_logits
@@ -24,9 +24,7 @@ CHATML = ("data.chat_template=chatml", "data.new_tokens=['<|im_start|>','<|im_en
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.mark.parametrize("tied", [False, True])

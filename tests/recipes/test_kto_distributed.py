@@ -9,7 +9,6 @@ import torch
 from processes import problems, run_processes
 from test_dpo_distributed import SHORT, STEPS, assert_same_run
 from test_lora_single_device import log_records
-from tiny_training import hide_cuda
 
 from torchft.config import ASSETS, DataConfig, SourceConfig
 from torchft.data.chat_template import load_template
@@ -26,9 +25,7 @@ RECOMPUTED = "model.activation_checkpointing=full"
 PACKED = ["data.packing=true", "run.global_batch_size=4"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def options(model: Path, data: Path, out: Path, *more: str) -> recipe.Config:

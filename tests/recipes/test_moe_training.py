@@ -14,7 +14,6 @@ from test_full_finetune_distributed import exported
 from test_full_finetune_distributed import train as train_whole
 from test_lora_distributed import assert_same_log, assert_same_run, train
 from test_lora_single_device import log_records, options
-from tiny_training import hide_cuda
 
 from torchft.cli import main
 from torchft.models import build_model, gpt_oss, read_config
@@ -27,9 +26,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="session")

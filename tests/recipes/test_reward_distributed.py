@@ -12,7 +12,6 @@ from processes import problems, run_processes
 from test_dpo_distributed import STEPS
 from test_dpo_trl import sequences
 from test_lora_single_device import log_records
-from tiny_training import hide_cuda
 from transformers import AutoModelForSequenceClassification
 
 from torchft.config import ASSETS
@@ -34,9 +33,7 @@ RECOMPUTED = "model.activation_checkpointing=full"
 PACKED = ["data.packing=true", "run.global_batch_size=4", "data.max_seq_len=160"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def options(model: Path, data: Path, out: Path, *more: str) -> recipe.Config:

@@ -7,7 +7,6 @@ import test_dpo_distributed
 import test_reward_distributed
 from safetensors.torch import load_file
 from test_lora_single_device import log_records, options
-from tiny_training import hide_cuda
 
 from torchft import cli
 from torchft.errors import ConfigError
@@ -18,9 +17,7 @@ SHORT = ("run.max_steps=4", "run.sample_rows=0", "data.valid_fraction=0.25")
 FILE = "adapter/adapter_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def test_an_embedding_in_cpu_memory_changes_no_bit(small_model: Path, chat_data: Path, tmp_path: Path) -> None:

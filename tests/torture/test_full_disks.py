@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 from faults import fail_at_operation, no_room_at_byte
 from scale import random_of, scaled, spread
-from tiny_training import hide_cuda
 from victim import NAMES, WAYS, Victim, only
 
 CODES = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import test_rms_norm
 import test_rope_kernels
 import test_swiglu
 import torch
+from rows import poison_empty
 from scale import random_of, scaled
 
 DTYPES = (torch.float32, torch.float16)
@@ -36,7 +37,7 @@ def norm(random: Random, _: pytest.MonkeyPatch) -> None:
 
 
 def gate(random: Random, poison: pytest.MonkeyPatch) -> None:
-    nan_empty(poison)
+    poison_empty(poison)
     poison.setitem(test_swiglu.BOUNDS, torch.float32, 1e-5)  # a few elements alone show the error of exp itself, 1.2e-6
     test_swiglu.test_equals_fp64(size(random, 40), size(random, 3000), random.choice(DTYPES), random.choice(test_swiglu.ACTIVATIONS), False)
 
@@ -50,7 +51,7 @@ def rope(random: Random, _: pytest.MonkeyPatch) -> None:
 
 
 def loss(random: Random, poison: pytest.MonkeyPatch) -> None:
-    nan_empty(poison)
+    poison_empty(poison)
     op, dtype = random.choice(test_linear_cross_entropy.OPS), random.choice(DTYPES)
     test_linear_cross_entropy.test_equals_fp64(op, size(random, 6000), random.choice((0, size(random, 40))), dtype, False)
 
@@ -70,17 +71,6 @@ def adapters(random: Random, _: pytest.MonkeyPatch) -> None:
     parts = random.randint(1, 3)
     rows, ranks = (tuple(draw() for _ in range(parts)) for draw in (lambda: size(random, 150), lambda: size(random, 70) - 1))
     test_lora_kernels.test_adapters_in_the_folded_matrix(size(random, 1100), rows, ranks, random.choice(DTYPES), False)
-
-
-def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel leaves unwritten is NaN."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> torch.Tensor:
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("check", [norm, gate, rope, loss, nf4, adamw, adapters], ids=lambda check: check.__name__)

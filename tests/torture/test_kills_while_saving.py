@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 from faults import die_at_byte, die_at_operation
 from scale import random_of, scaled, spread
-from tiny_training import hide_cuda
 from victim import NAMES, WAYS, Victim, only
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_cuda(monkeypatch)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture

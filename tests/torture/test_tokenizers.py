@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 from scale import random_of, scaled
-from test_vocabularies import random_text
+from test_vocabularies import check_llama3, check_sentencepiece, random_text
 from tokenizers_for_tests import check_offsets, for_template, llama_reference
 
 from torchft.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,11 +47,7 @@ def test_llama3_by_tiktoken_and_json(load: Callable, shared_data: Path, tally: C
     ours, by_tiktoken = load("llama3_hf"), load("llama3")
     reference = PreTrainedTokenizerFast.from_pretrained(shared_data / "tokenizers/llama3_hf")
     for text in strings("llama3"):
-        ids, offsets = ours.encode(text)
-        assert ids == reference.encode(text, add_special_tokens=False), text
-        assert (ids, offsets) == by_tiktoken.encode(text), text
-        assert ours.decode(ids) == by_tiktoken.decode(ids) == text
-        assert not ours.control_ids & set(ids)
+        check_llama3(text, ours, by_tiktoken, reference)
     tally(NUMBER, "strings", "Llama 3")
 
 
@@ -60,11 +56,5 @@ def test_sentencepiece(name: str, load: Callable, tally: Callable) -> None:
     ours = load(name)
     reference = llama_reference(ours)
     for text in strings(name):
-        ids, offsets = ours.encode(text)
-        if text[0] not in " ▁":  # there transformers leaves out the blank that sentencepiece always puts
-            assert ids == reference.encode(text, add_special_tokens=False), text
-        assert ours.encode(text, first=False)[0] == reference.encode("<s>" + text, add_special_tokens=False)[1:], text
-        check_offsets(text, offsets)
-        assert ours.decode(ids) == text.replace("▁", " ")
-        assert not ours.control_ids & set(ids)
+        check_sentencepiece(text, ours, reference)
     tally(NUMBER, "strings", name)

@@ -1,0 +1,209 @@
+"""A recorded micro-batch gives what the launches one by one give: gradients, their sums, and what later steps see."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_fuse import ALL, adapted, batch
+from torch import Tensor
+
+from torchft import step_graph
+from torchft.data.loader import Batch
+from torchft.fuse import swap
+from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks
+from torchft.modules.host_embedding import offload_embeddings, placed
+from torchft.modules.int8_head import quantize_head
+from torchft.modules.lora import LoraSpec, trainable_parameters
+from torchft.modules.offload import Traffic
+from torchft.modules.rope import RopeConfig
+from torchft.modules.transformer import CausalLM
+from torchft.step_graph import RUNS_BEFORE, StepGraph, why_not
+
+
+def run_batch(model: CausalLM, rows: Batch, divisor: float | Tensor) -> Tensor:
+    loss = model(rows.input_ids, positions=rows.positions, documents=rows.documents, labels=rows.labels)
+    (loss / divisor).backward()
+    return loss.detach()
+
+
+def rows(seed: int = 0, device: str = "cpu", tokens: int = 37, documents: bool = True) -> Batch:
+    """A micro-batch like test_fuse's, of other ids and labels for each seed."""
+    tensors, generator = batch(tokens), torch.Generator().manual_seed(100 + seed)
+    for name in ("input_ids", "labels"):
+        tensors[name] = torch.where(tensors[name] >= 0, torch.randint(61, tensors[name].shape, generator=generator), -100)
+    if not documents:
+        tensors |= {"documents": None, "positions": torch.arange(tokens).repeat(2, 1)}
+    return Batch(**tensors, num_tokens=2 * tokens, num_supervised=2 * tokens).to(device)
+
+
+class Replayed:
+    """In place of a graph: computes when it is replayed, into the very memory that it was given when it was recorded."""
+
+    def replay(self) -> None:
+        recorded = self.step._recorded
+        kept = [param.grad for param in self.step._params]
+        self.step._give_grads([None] * len(kept))
+        recorded.loss.copy_(run_batch(self.model, recorded.batch, recorded.divisor))
+        for grad, param in zip(recorded.grads, self.step._params, strict=True):
+            grad.copy_(param.grad)
+        self.step._give_grads(kept)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Records on a CPU, too, as Replayed; what was recorded."""
+    recorded: list[str] = []
+
+    @contextmanager
+    def graph(made: Replayed) -> Iterator[None]:
+        yield
+        recorded.append("a graph")
+
+    monkeypatch.setattr(step_graph, "why_not", lambda *args: "")
+    monkeypatch.setattr(StepGraph, "_fits", lambda *args: True)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return recorded
+
+
+def steps(run: Callable, model: CausalLM, micro_batches: list[list[Batch]], rate: float = 0.1) -> list[Tensor]:
+    """Losses and gradients of optimizer steps of these micro-batches; each step moves the adapters."""
+    params, found = trainable_parameters(model), []
+    for step in micro_batches:
+        loss = torch.zeros((), device=step[0].input_ids.device)
+        for each in step:
+            loss += run(model, each, 50)
+        found += [loss, *(param.grad.clone() for param in params.values())]
+        with torch.no_grad():
+            for param in params.values():
+                param -= rate * param.grad
+                param.grad.mul_(3)  # clipping changes them in place
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for left, right in zip(found, expected, strict=True):
+        assert (left - right).norm() <= tolerance * right.norm()
+
+
+def graphed(model: CausalLM) -> StepGraph:
+    run = StepGraph(run_batch, model, {}, lambda text: None)
+    Replayed.step, Replayed.model = run, model
+    return run
+
+
+PLANS = {
+    "one": [[rows(n)] for n in range(6)],
+    "two in a step": [[rows(n), rows(10 + n)] for n in range(4)],
+    "three in a step": [[rows(n), rows(10 + n), rows(20 + n)] for n in range(3)],
+    "another shape between": [[rows(n), rows(10 + n, tokens=36 if n == 3 else 37)] for n in range(6)],
+    "without documents between": [[rows(n, documents=n != 4)] for n in range(7)],
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_sums_of_gradients_are_those_of_the_plain_step(plan: str, recording: list[str]) -> None:
+    expected = steps(run_batch, fused(), PLANS[plan])
+    model = fused()
+    found = steps(graphed(model), model, PLANS[plan])
+    assert recording == ["a graph"]
+    assert_same(found, expected, 1e-6)
+
+
+def fused(**others: object) -> CausalLM:
+    model = adapted(**others)
+    assert swap(model, ALL).blocks == 3
+    return model
+
+
+def test_only_a_shape_that_stays_is_recorded(recording: list[str]) -> None:
+    model = fused()
+    run = graphed(model)
+    for n in range(3 * RUNS_BEFORE):
+        run(model, rows(n, tokens=36 + n % RUNS_BEFORE), 50)
+    assert not recording
+    for n in range(RUNS_BEFORE + 1):
+        run(model, rows(n, tokens=36), 50)
+        assert len(recording) == (n == RUNS_BEFORE)
+    recompute_blocks(model, range(2), offload=False)  # as `auto` decides after two steps
+    before = run._recorded
+    run(model, rows(0, tokens=36), 50)
+    assert run._shape[-2] == range(0) and run._recorded is before
+
+
+def test_what_cannot_be_recorded_says_why() -> None:
+    assert why_not(fused(), {"graph": "eager"}) == why_not(fused(), {"cross_entropy": "eager"}) == "model.kernels says so"
+    assert why_not(fused(), {}) == "the model is not on a GPU"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (adapted, "its blocks are not fused"),
+        (lambda: fused(rope=RopeConfig(32, kind="dynamic", factor=2.0)), "its RoPE goes by the lengths of the documents"),
+        (lambda: fused(final_logit_softcapping=30.0), "its logits are capped"),
+    ],
+)
+def test_a_step_that_waits_or_draws_is_not_recorded(make: Callable[[], CausalLM], reason: str) -> None:
+    said: list[str] = []
+    StepGraph(run_batch, make().cuda(), {}, said.append)
+    assert said == [f"CUDA graph: none, {reason}"]
+
+
+def smallest() -> CausalLM:
+    """4-bit linears, head in 8 bits, embedding in CPU memory, everything else sent there."""
+    model = adapted(nf4=True)
+    table = model.model.embed_tokens.weight
+    quantize_head(model)
+    offload_embeddings(model)
+    model = model.cuda()
+    model.model.embed_tokens.weight = torch.nn.Parameter(placed(table.detach(), "cuda"), requires_grad=False)
+    return model
+
+
+ON_GPU: dict[str, tuple[Callable[[], CausalLM], str, bool]] = {
+    "fp32": (lambda: adapted().cuda(), "none", False),
+    "bf16": (lambda: adapted(dtype=torch.bfloat16).cuda(), "none", False),
+    "recomputed": (lambda: adapted(dtype=torch.bfloat16).cuda(), "full", False),
+    "offloaded": (lambda: adapted(dtype=torch.bfloat16).cuda(), "full", True),
+    "smallest": (smallest, "full", True),
+    "nothing quantised, rank 70": (lambda: adapted(LoraSpec(rank=70, alpha=12)).cuda(), "none", False),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [37, 256])
+@pytest.mark.parametrize("kind", ON_GPU)
+def test_a_graph_computes_what_its_launches_do(kind: str, tokens: int) -> None:
+    make, mode, offload = ON_GPU[kind]
+    plan = [[rows(n, "cuda", tokens), rows(10 + n, "cuda", tokens)] for n in range(4)]
+    plan += [[rows(9, "cuda", tokens - 1)], [rows(8, "cuda", tokens)]]
+    results, sent = [], []
+    for recorded in (False, True):
+        model = make()
+        swap(model, ())
+        apply_activation_checkpointing(model, mode, offload)
+        if offload:
+            model.model.checkpointing.traffic = Traffic(torch.device("cuda"), smallest=1)
+        said: list[str] = []
+        run = StepGraph(run_batch, model, {}, said.append) if recorded else run_batch
+        results.append(steps(run, model, plan, rate=0.001))
+        sent.append(model.model.checkpointing.bytes_offloaded)
+        assert (run._recorded is not None and len(said) == 1) if recorded else True, said
+    assert sent[0] == sent[1] and bool(sent[0]) == offload
+    # The order of some sums is not fixed in attention's backward; large steps would let the difference grow.
+    assert_same(results[1], results[0], 1e-5 if kind == "fp32" else 0.02)
+
+
+@pytest.mark.gpu
+def test_no_graph_where_there_is_no_room_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = fused().cuda(), []
+    run = StepGraph(run_batch, model, {}, said.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 2))
+    for n in range(RUNS_BEFORE + 2):
+        run(model, rows(n, "cuda"), 50)
+    assert run._recorded is None and len(said) == 1 and said[0].startswith("CUDA graph: none, it takes")

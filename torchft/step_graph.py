@@ -1,0 +1,164 @@
+"""The launches of a micro-batch, forward and backward, recorded once as a CUDA graph and from then on launched as one.
+
+    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log.print)    # or run_batch itself, launch by launch
+    loss += train_batch(model, batch.to(device), supervised)
+
+A step of 8B on 2,048 tokens is some ten thousand launches, which take the CPU longer than the GPU needs to compute them. What
+is computed stays the same, kernel by kernel; batches of another shape than the recorded one are run as before.
+
+Nothing in such a step may look at a value on the GPU, draw random numbers or copy from memory that is not pinned: so it takes
+fused blocks, the loss's kernel, a frozen embedding and head, weights that are not divided, and RoPE that does not go by the
+lengths of the documents. The graph has memory of its own, about as much as the step takes without it, which nothing else
+can use: there must be room for both.
+
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchft.data.loader import Batch
+from torchft.modules.host_embedding import HostEmbedding
+from torchft.modules.rope import BY_LENGTH
+from torchft.modules.transformer import CausalLM
+
+RUNS_BEFORE = 3  # of one shape in a row, launch by launch: kernels are built and memory is laid out by then
+
+Run = Callable[[CausalLM, Batch, Tensor | float], Tensor]
+
+
+class Recorded(NamedTuple):
+    """A graph, and the memory that it reads and writes each time."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    divisor: Tensor
+    loss: Tensor
+    grads: list[Tensor]
+    offloaded: int  # bytes to CPU memory
+    held: list[Tensor]  # that memory: nobody may free it
+
+
+class StepGraph:
+    """`run(model, batch, divisor)`, which adds gradients and returns a loss, recorded where that is possible.
+
+    switches: `model.kernels`, whose graph: eager forbids it. `say` is told of it once.
+    """
+
+    def __init__(self, run: Run, model: CausalLM, switches: dict[str, str], say: Callable[[str], None]) -> None:
+        self._run, self._say = run, say
+        self._params = [param for param in model.parameters() if param.requires_grad]
+        reason = why_not(model, switches)
+        self._possible = not reason
+        if reason and self._params[0].is_cuda:
+            say(f"CUDA graph: none, {reason}")
+        self._last, self._times = None, 0  # the shape of the last batch, and how often it came in a row
+        self._recorded: Recorded | None = None
+        self._shape = None  # of what is recorded
+
+    def __call__(self, model: CausalLM, batch: Batch, divisor: float) -> Tensor:
+        """As `run`: the loss, without gradient."""
+        if not self._possible:
+            return self._run(model, batch, divisor)
+        shape = _shape(model, batch)
+        self._times = self._times + 1 if shape == self._last else 1
+        self._last = shape
+        if self._recorded is None and self._times > RUNS_BEFORE and model.model.checkpointing.probe is None:
+            self._possible = self._fits(batch)
+            if self._possible:
+                self._recorded, self._shape = self._record(model, batch), shape
+        if shape != self._shape:
+            return self._run(model, batch, divisor)
+        return self._replay(model, batch, divisor)
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether what a step takes is there twice."""
+        device = batch.input_ids.device
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        step = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        rows, width = batch.input_ids.shape
+        if fits := free > 2 * step:
+            self._say(f"CUDA graph: micro-batches of {rows} x {width} tokens are launched as one from here on")
+        else:
+            self._say(f"CUDA graph: none, it takes {2 * step / 2**30:.1f} GiB beside the weights and {free / 2**30:.1f} are free")
+        return fits
+
+    def _record(self, model: CausalLM, batch: Batch) -> Recorded:
+        """Nothing is computed by this. Gradients are as they were afterwards."""
+        torch._C._cuda_clearCublasWorkspaces()  # the graph brings its own
+        tensors = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        static, divisor = replace(batch, **tensors), torch.ones((), device=batch.input_ids.device)
+        before = self._take_grads()
+        traffic, graph = model.model.checkpointing.traffic, torch.cuda.CUDAGraph()
+        sent = traffic.sent if traffic else 0
+        with torch.cuda.graph(graph):
+            loss = self._run(model, static, divisor)
+        grads = self._take_grads()
+        self._give_grads(before)
+        if traffic is None:
+            return Recorded(graph, static, divisor, loss, grads, 0, [])
+        offloaded, traffic.sent = traffic.sent - sent, sent  # nothing has travelled yet
+        return Recorded(graph, static, divisor, loss, grads, offloaded, traffic.memory.buffers())
+
+    def _replay(self, model: CausalLM, batch: Batch, divisor: float) -> Tensor:
+        recorded, before = self._recorded, self._take_grads()
+        if before[0] is recorded.grads[0]:  # of the micro-batch before this one, which the graph is about to overwrite
+            before = [grad.clone() for grad in before]
+        for name, value in vars(recorded.batch).items():
+            if isinstance(value, Tensor):
+                value.copy_(getattr(batch, name))
+        recorded.divisor.fill_(divisor)
+        recorded.graph.replay()
+        if model.model.checkpointing.traffic:
+            model.model.checkpointing.traffic.sent += recorded.offloaded
+        if before[0] is None:
+            self._give_grads(recorded.grads)
+        else:
+            torch._foreach_add_(before, recorded.grads)
+            self._give_grads(before)
+        return recorded.loss.clone()
+
+    def _take_grads(self) -> list[Tensor | None]:
+        grads = [param.grad for param in self._params]
+        for param in self._params:
+            param.grad = None
+        return grads
+
+    def _give_grads(self, grads: list[Tensor | None]) -> None:
+        for param, grad in zip(self._params, grads, strict=True):
+            param.grad = grad
+
+
+def _shape(model: CausalLM, batch: Batch) -> tuple:
+    """What must be the same for a graph to be a batch's: its tensors' shapes, and which blocks are recomputed how."""
+    tensors = [(name, value.shape) for name, value in vars(batch).items() if isinstance(value, Tensor)]
+    checkpointing = model.model.checkpointing
+    return tuple(tensors), checkpointing.blocks, checkpointing.offload
+
+
+def why_not(model: CausalLM, switches: dict[str, str]) -> str:
+    """Why a step of this model cannot be recorded, or ""."""
+    params, blocks = dict(model.named_parameters()), model.model.layers
+    trained = [name for name, param in params.items() if param.requires_grad]
+    reasons = {
+        "model.kernels says so": "eager" in (switches.get("graph"), switches.get("cross_entropy")),
+        "the model is not on a GPU": params[trained[0]].device.type != "cuda",
+        "its weights are divided over processes": any(isinstance(param, DTensor) for param in params.values()),
+        "its blocks are not fused": any(block.compilable or block.draws for block in blocks),
+        "more than adapters is trained": any(".lora_" not in name for name in trained),
+        "its RoPE goes by the lengths of the documents": any(rope.kind in BY_LENGTH for rope in model.model.ropes),
+        "its logits are capped": model.config.final_logit_softcapping is not None,
+        "the CPU fetches the embedding's rows": _waits(model.model.embed_tokens),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _waits(embedding: nn.Module) -> bool:
+    return isinstance(embedding, HostEmbedding) and embedding.gather is None
