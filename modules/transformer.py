@@ -122,6 +122,8 @@ class Decoder(nn.Module):
         """(B, T) -> (B, T, D); arguments as in CausalLM.forward."""
         num_tokens, device = input_ids.shape[1], input_ids.device
         start, more = 0, 0
+        if self.balance is not None:
+            self.balance.see(input_ids, documents, branches)
         if cache is not None:
             start, more = cache.length, cache.capacity - cache.length - num_tokens
             documents = cache.extend(num_tokens, documents)
@@ -137,8 +139,6 @@ class Decoder(nn.Module):
             masks = {
                 window: build_mask(input_ids, start + num_tokens, window, documents, **options) for window in set(self.windows)
             }
-        if self.balance is not None and cache is None:
-            self.balance.see(input_ids, documents, branches)
         # The norm's dtype is the one to compute in; an embedding that is trained is kept in fp32.
         h = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # (B, T, D)
         if self.multiplier != 1.0:
