@@ -6,13 +6,12 @@
     tune cp dpo_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/dpo
 
 It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py), or with lora.rank=0
-full_finetune_distributed; `diff` them. The reference is the model at the start: with an adapter the same model with its
-adapters off. Where all weights are trained its log-probabilities are computed once, before the first step, and kept in the
-run's directory (dpo.reference=precomputed, the default: it takes no memory, and as long as a copy takes in one epoch), or by a
-frozen copy beside the model (copy). A row holds many pairs, the prompt of each once, and its two answers behind it do not see
-each other. Every process runs all of this; what is printed and written comes from the first. The whole run is in `main`,
-from top to bottom: model, optimizer, data, reference, resume, loop, export. Nothing else drives it, so a copy is yours to
-edit. Measured results: docs/RECORDS.md. Left out: adding tokens to the vocabulary where all weights are trained.
+full_finetune_distributed; `diff` them. The reference is the model at the start: with an adapter the model with its adapters off;
+where all weights are trained its log-probabilities, computed once and kept in the run's directory (dpo.reference=precomputed),
+or a frozen copy (copy): torchft/reference.py. A row holds many pairs, the prompt of each once, and its two answers behind it do
+not see each other. Every process runs all of this; what is printed and written comes from the first. All is in `main`, from top
+to bottom, and nothing else drives it, so a copy is yours to edit. Measured results: docs/RECORDS.md. Left out: adding tokens to
+the vocabulary where all weights are trained.
 """
 
 import math
@@ -41,6 +40,7 @@ from torchft.distributed import (
     leave_processes,
     node_leader_first,
     sum_over_processes,
+    sync_gradients,
 )
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
@@ -48,7 +48,7 @@ from torchft.generate import Answer, answer_examples, exact_match, first_convers
 from torchft.hf_checkpoint import fingerprint
 from torchft.in_backward import StepInBackward
 from torchft.launch import tune_command
-from torchft.losses import REFERENCE_FREE, figures, kl_estimate, preference_loss, sum_by_answer
+from torchft.losses import FIGURES, REFERENCE_FREE, figures, kl_estimate, preference_loss, sum_by_answer
 from torchft.metrics import RunLogger
 from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
@@ -63,6 +63,7 @@ from torchft.ranks import rank, world_size
 from torchft.reference import StoredReference, label_logprobs, prepare_reference
 from torchft.run_dir import best_checkpoint
 from torchft.save_model import save_model
+from torchft.step_graph import StepGraph
 from torchft.storage import store_frozen
 from torchft.throughput import flops_per_token
 from torchft.weights import load_weights, random_weights
@@ -80,10 +81,8 @@ class Config:
     dpo: PreferenceOptions = field(default_factory=PreferenceOptions)
 
 
-def batch_loss(
-    model: CausalLM, frozen: CausalLM | None, batch: Batch, options: PreferenceOptions
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The losses of the batch's pairs, summed, and what else is logged, summed likewise; without dropout on either side.
+def batch_loss(model: CausalLM, frozen: CausalLM | None, batch: Batch, options: PreferenceOptions) -> torch.Tensor:
+    """Sums over the batch's pairs, of the loss and of FIGURES (the last one with a reference only); without dropout.
 
     frozen: the model whose base is the reference; None where the batch brings it along, or the loss needs none.
     """
@@ -98,10 +97,19 @@ def batch_loss(
     logps_ref = None if reference is None else by_answer(reference)
     policy = label_logprobs(model, batch)
     logps, lengths = by_answer(policy), by_answer((batch.labels >= 0).float())
-    logged = figures(logps, logps_ref, lengths, options)
+    logged = list(figures(logps, logps_ref, lengths, options).values())
     if reference is not None:
-        logged["kl"] = kl_estimate(policy, reference, batch.sequences, lengths)
-    return preference_loss(logps, logps_ref, lengths, options).sum(), logged
+        logged.append(kl_estimate(policy, reference, batch.sequences, lengths))
+    return torch.stack([preference_loss(logps, logps_ref, lengths, options).sum(), *logged])
+
+
+def run_batch(
+    model: CausalLM, batch: Batch, divisor: float | torch.Tensor, frozen: CausalLM | None, options: PreferenceOptions
+) -> torch.Tensor:
+    """Adds the gradients of the batch's loss / divisor; returns what `batch_loss` does."""
+    sums = batch_loss(model, frozen, batch, options)
+    (sums[0] / divisor).backward()
+    return sums.detach()
 
 
 @torch.no_grad()
@@ -109,14 +117,13 @@ def evaluate(
     model: CausalLM, frozen: CausalLM | None, batches: Iterable[Batch], device: torch.device, options: PreferenceOptions
 ) -> dict[str, float]:
     """Means over all pairs of the loss and what is logged with it; they do not depend on how the batches are cut."""
-    totals: dict[str, torch.Tensor] = {}
+    totals, pairs = 0.0, 0
     with eval_mode(model):
         for batch in batches:
-            loss, logged = batch_loss(model, frozen, batch.to(device), options)
-            counted = {"pairs": loss.new_tensor(batch.num_sequences // 2), "loss": loss} | logged
-            totals = {name: totals.get(name, 0.0) + value.double() for name, value in counted.items()}
-    pairs, *sums = sum_over_processes(torch.stack(list(totals.values()))).tolist()
-    return {f"valid_{name}": value / pairs for name, value in zip(list(totals)[1:], sums, strict=True)}
+            totals += batch_loss(model, frozen, batch.to(device), options).double()
+            pairs += batch.num_sequences // 2
+    pairs, *sums = sum_over_processes(torch.cat([totals.new_tensor([pairs]), totals])).tolist()
+    return {f"valid_{name}": value / pairs for name, value in zip(("loss", *FIGURES), sums)}  # see batch_loss
 
 
 def show(answers: list[Answer], log: RunLogger) -> None:
@@ -164,6 +171,7 @@ def main(cfg: Config) -> None:
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim, run.seed)
     updates = StepInBackward(params, optimizer) if cfg.optim.in_backward else None
+    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log.print)  # or run_batch itself, launch by launch
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     with node_leader_first():
@@ -210,18 +218,17 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         pairs, totals = len(loader.step_samples(step - 1)), 0.0
-        routing = balance_routers(model, batches, device, pairs)  # a mixture's auxiliary loss, if it has one
         for batch in batches:
-            if not full:  # whose gradients are small: accumulate here first
-                model.set_requires_gradient_sync(batch is batches[-1])
-            micro_loss, logged = batch_loss(model, frozen, batch.to(device), cfg.dpo)
-            mean = micro_loss * world_size() / pairs  # FSDP2 takes the mean over processes; the sum is meant
+            sync_gradients(model, full or batch is batches[-1])  # an adapter's, which are small, accumulate here first
+            divisor = pairs / world_size()  # FSDP2 takes the mean over processes; the sum is meant
             if updates:  # optim.in_backward: each weight's step and zero_grad happen in here
-                grad_norm, found_inf = updates.backward(mean)
+                found = batch_loss(model, frozen, batch.to(device), cfg.dpo)
+                grad_norm, found_inf = updates.backward(found[0] / divisor)
+                totals += found.detach()
             else:
-                mean.backward()
-            totals += torch.stack([micro_loss.detach(), *logged.values()])
+                totals += train_batch(model, batch.to(device), divisor, frozen, cfg.dpo)
         loss, *sums = sum_over_processes(totals)
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)
@@ -229,7 +236,7 @@ def main(cfg: Config) -> None:
             grad_norm, found_inf, clip = norm_and_check(params, cfg.optim.max_grad_norm, loss)
             step_optimizer(optimizer, found_inf, clip)  # a step that is not finite is skipped, and the log stops the run
             optimizer.zero_grad()
-        log.figures(pairs, dict(zip(logged, sums, strict=True)) | routing)
+        log.figures(pairs, dict(zip(FIGURES, sums)))  # without a reference there is no kl, the last one
         activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()

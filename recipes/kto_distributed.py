@@ -39,6 +39,7 @@ from torchft.distributed import (
     leave_processes,
     node_leader_first,
     sum_over_processes,
+    sync_gradients,
 )
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
@@ -203,12 +204,12 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         samples_now, totals = loader.step_samples(step - 1), 0.0
         others = mismatched(train, samples_now, cfg.data.max_seq_len)
         kl = baseline(model, eval_batches(others, **cells), device)
-        routing = balance_routers(model, batches, device, len(samples_now))  # a mixture's auxiliary loss, if it has one
         for batch in batches:
-            model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
+            sync_gradients(model, batch is batches[-1])  # accumulate here first
             micro_loss, sums = batch_loss(model, batch.to(device), kl, cfg.kto)
             (micro_loss * world_size() / len(samples_now)).backward()  # FSDP2 takes the mean over processes; the sum is meant
             totals += torch.cat([micro_loss.detach()[None], sums])
@@ -219,7 +220,7 @@ def main(cfg: Config) -> None:
         step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run
         optimizer.zero_grad()
         logged = verdict_means(torch.stack(sums), kl)
-        log.figures(len(samples_now), {name: value * len(samples_now) for name, value in logged.items()} | routing)
+        log.figures(len(samples_now), {name: value * len(samples_now) for name, value in logged.items()})
         activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()

@@ -37,6 +37,7 @@ from torchft.distributed import (
     leave_processes,
     node_leader_first,
     sum_over_processes,
+    sync_gradients,
 )
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
@@ -172,11 +173,10 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
-        if routing := balance_routers(model, batches, device, supervised):  # a mixture's auxiliary loss, if it has one
-            log.figures(supervised, routing)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         loss = torch.zeros((), device=device)
         for batch in batches:
-            model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
+            sync_gradients(model, batch is batches[-1])  # accumulate here first
             divisor = supervised / world_size()  # FSDP2 takes the mean over processes; the sum is meant
             loss += train_batch(model, batch.to(device), divisor)
         sum_over_processes(loss)

@@ -156,8 +156,7 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
-        if routing := balance_routers(model, batches, device, supervised):  # a mixture's auxiliary loss, if it has one
-            log.figures(supervised, routing)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         loss = torch.zeros((), device=device)
         for batch in batches:
             loss += train_batch(model, batch.to(device), supervised)

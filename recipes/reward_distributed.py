@@ -36,6 +36,7 @@ from torchft.distributed import (
     leave_processes,
     node_leader_first,
     sum_over_processes,
+    sync_gradients,
 )
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
@@ -162,7 +163,7 @@ def main(cfg: Config) -> None:
         set_lr(optimizer, lr)
         pairs, totals = len(loader.step_samples(step - 1)), 0.0
         for batch in batches:
-            model.set_requires_gradient_sync(batch is batches[-1])  # accumulate here first
+            sync_gradients(model, batch is batches[-1])  # accumulate here first
             micro_loss, logged = batch_loss(model, batch.to(device), cfg.reward)
             (micro_loss * world_size() / pairs).backward()  # FSDP2 takes the mean over processes; the sum is meant
             totals += torch.stack([micro_loss.detach(), *logged.values()])

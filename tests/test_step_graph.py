@@ -9,6 +9,7 @@ from test_fuse import ALL, adapted, batch
 from torch import Tensor
 
 from torchft import step_graph
+from torchft.config import PreferenceOptions
 from torchft.data.loader import Batch
 from torchft.fuse import swap
 from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks
@@ -44,7 +45,7 @@ class Replayed:
         recorded = self.step._recorded
         kept = [param.grad for param in self.step._params]
         self.step._give_grads([None] * len(kept))
-        recorded.loss.copy_(run_batch(self.model, recorded.batch, recorded.divisor))
+        recorded.sums.copy_(run_batch(self.model, recorded.batch, recorded.divisor))
         for grad, param in zip(recorded.grads, self.step._params, strict=True):
             grad.copy_(param.grad)
         self.step._give_grads(kept)
@@ -197,6 +198,40 @@ def test_a_graph_computes_what_its_launches_do(kind: str, tokens: int) -> None:
     assert sent[0] == sent[1] and bool(sent[0]) == offload
     # The order of some sums is not fixed in attention's backward; large steps would let the difference grow.
     assert_same(results[1], results[0], 1e-5 if kind == "fp32" else 0.02)
+
+
+def pairs(seed: int, device: str, tokens: int = 256) -> Batch:
+    """One row with a prompt and two answers, another one with two such pairs."""
+    generator, column = torch.Generator().manual_seed(seed), torch.arange(tokens)
+    branches = torch.stack([(column >= 100).int() + (column >= 180), (column % 128 >= 50).int() + (column % 128 >= 90)])
+    documents = torch.stack([torch.zeros(tokens), (column >= 128).float()]).int()
+    sequences = 2 * torch.tensor([[0], [1]]) + 2 * documents + branches - 1
+    sequences = torch.where(branches > 0, sequences, 6)
+    labels = torch.where(branches > 0, torch.randint(61, (2, tokens), generator=generator), -100)
+    starts = torch.tensor([[0, 100, 80], [0, 50, 40]])  # how far a branch's positions lie behind its columns
+    shift = torch.where(branches == 2, starts[:, 2:], 0)
+    positions = torch.stack([column, column % 128]) - shift
+    ids = torch.randint(61, (2, tokens), generator=generator)
+    return Batch(ids, labels, positions, documents, 2 * tokens, 2 * tokens, branches.int(), sequences, 6).to(device)
+
+
+@pytest.mark.gpu
+def test_a_step_of_preferences_is_recorded_with_its_reference() -> None:
+    from torchft.recipes.dpo_distributed import run_batch as dpo_batch
+
+    results, said = [], []
+    for recorded in (False, True):
+        model = adapted(dtype=torch.bfloat16).cuda()
+        swap(model, ())
+        run = StepGraph(dpo_batch, model, {}, said.append) if recorded else dpo_batch
+        found = []
+        for n in range(7):
+            found.append(run(model, pairs(n, "cuda"), 3, model, PreferenceOptions()))
+            found += [param.grad.clone() for param in trainable_parameters(model).values()]
+            model.zero_grad(set_to_none=True)
+        results.append(found)
+    assert len(said) == 1 and run._recorded is not None
+    assert_same(results[1], results[0], 0.02)
 
 
 @pytest.mark.gpu

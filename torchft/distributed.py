@@ -100,7 +100,7 @@ def divide(
     """
     world = world_size()
     in_cpu_memory = "weights" in cfg.offload
-    if world == 1 and kept is not None and kept == computed and not in_cpu_memory:
+    if world == 1 and kept == computed and not in_cpu_memory:
         return ShardReport(1, 1, 0, (), False)  # FSDP2 would copy every weight for nothing
     parts = int(cfg.shard) if cfg.shard.isdecimal() else world
     base_whole = False
@@ -125,6 +125,12 @@ def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
 
     frozen_bytes = sum(param.numel() * each(param) for param in frozen_on_device(model))
     return frozen_bytes <= FITS * torch.cuda.get_device_properties(device).total_memory
+
+
+def sync_gradients(model: CausalLM, now: bool) -> None:
+    """Whether the next backward sums gradients over the processes, or each adds its own to those that it has."""
+    if world_size() > 1:
+        model.set_requires_gradient_sync(now)
 
 
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ def _move_adapter(model: CausalLM) -> None:
 def gradients(model: CausalLM, batches: Iterable[Batch], supervised: int, device: torch.device) -> Gradients:
     """Of one step: the sum over its supervised tokens divided by their number; tensors whole, by parameter name."""
     batches = list(batches)
-    balance_routers(model, batches, device, supervised)
+    balance_routers(model, batches, device)
     for batch in batches:
         on_device = batch.to(device)
         loss = model(on_device.input_ids, positions=on_device.positions, documents=on_device.documents, labels=on_device.labels)

@@ -29,7 +29,7 @@ from torchft.modules.transformer import CausalLM
 
 RUNS_BEFORE = 3  # of one shape in a row, launch by launch: kernels are built and memory is laid out by then
 
-Run = Callable[[CausalLM, Batch, Tensor | float], Tensor]
+Run = Callable[..., Tensor]  # see StepGraph
 
 
 class Recorded(NamedTuple):
@@ -38,14 +38,14 @@ class Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     batch: Batch
     divisor: Tensor
-    loss: Tensor
+    sums: Tensor
     grads: list[Tensor]
     offloaded: int  # bytes to CPU memory
     held: list[Tensor]  # that memory: nobody may free it
 
 
 class StepGraph:
-    """`run(model, batch, divisor)`, which adds gradients and returns a loss, recorded where that is possible.
+    """`run(model, batch, divisor, *more)`, which adds gradients and returns sums, recorded where that is possible.
 
     switches: `model.kernels`, whose graph: eager forbids it. `say` is told of it once.
     """
@@ -61,19 +61,19 @@ class StepGraph:
         self._recorded: Recorded | None = None
         self._shape = None  # of what is recorded
 
-    def __call__(self, model: CausalLM, batch: Batch, divisor: float) -> Tensor:
-        """As `run`: the loss, without gradient."""
+    def __call__(self, model: CausalLM, batch: Batch, divisor: float, *more: object) -> Tensor:
+        """As `run`. `more`: what it takes besides, the same for all batches."""
         if not self._possible:
-            return self._run(model, batch, divisor)
+            return self._run(model, batch, divisor, *more)
         shape = _shape(model, batch)
         self._times = self._times + 1 if shape == self._last else 1
         self._last = shape
         if self._recorded is None and self._times > RUNS_BEFORE and model.model.checkpointing.probe is None:
             self._possible = self._fits(batch)
             if self._possible:
-                self._recorded, self._shape = self._record(model, batch), shape
+                self._recorded, self._shape = self._record(model, batch, more), shape
         if shape != self._shape:
-            return self._run(model, batch, divisor)
+            return self._run(model, batch, divisor, *more)
         return self._replay(model, batch, divisor)
 
     def _fits(self, batch: Batch) -> bool:
@@ -90,7 +90,7 @@ class StepGraph:
             self._say(f"CUDA graph: none, it takes {2 * step / 2**30:.1f} GiB beside the weights and {free / 2**30:.1f} are free")
         return fits
 
-    def _record(self, model: CausalLM, batch: Batch) -> Recorded:
+    def _record(self, model: CausalLM, batch: Batch, more: tuple) -> Recorded:
         """Nothing is computed by this. Gradients are as they were afterwards."""
         torch._C._cuda_clearCublasWorkspaces()  # the graph brings its own
         tensors = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
@@ -99,13 +99,13 @@ class StepGraph:
         traffic, graph = model.model.checkpointing.traffic, torch.cuda.CUDAGraph()
         sent = traffic.sent if traffic else 0
         with torch.cuda.graph(graph):
-            loss = self._run(model, static, divisor)
+            sums = self._run(model, static, divisor, *more)
         grads = self._take_grads()
         self._give_grads(before)
         if traffic is None:
-            return Recorded(graph, static, divisor, loss, grads, 0, [])
+            return Recorded(graph, static, divisor, sums, grads, 0, [])
         offloaded, traffic.sent = traffic.sent - sent, sent  # nothing has travelled yet
-        return Recorded(graph, static, divisor, loss, grads, offloaded, traffic.memory.buffers())
+        return Recorded(graph, static, divisor, sums, grads, offloaded, traffic.memory.buffers())
 
     def _replay(self, model: CausalLM, batch: Batch, divisor: float) -> Tensor:
         recorded, before = self._recorded, self._take_grads()
@@ -123,7 +123,7 @@ class StepGraph:
         else:
             torch._foreach_add_(before, recorded.grads)
             self._give_grads(before)
-        return recorded.loss.clone()
+        return recorded.sums.clone()
 
     def _take_grads(self) -> list[Tensor | None]:
         grads = [param.grad for param in self._params]
@@ -137,10 +137,10 @@ class StepGraph:
 
 
 def _shape(model: CausalLM, batch: Batch) -> tuple:
-    """What must be the same for a graph to be a batch's: its tensors' shapes, and which blocks are recomputed how."""
+    """What must be the same for a graph to be a batch's: its shapes, and which blocks are recomputed how."""
     tensors = [(name, value.shape) for name, value in vars(batch).items() if isinstance(value, Tensor)]
     checkpointing = model.model.checkpointing
-    return tuple(tensors), checkpointing.blocks, checkpointing.offload
+    return tuple(tensors), batch.num_sequences, checkpointing.blocks, checkpointing.offload
 
 
 def why_not(model: CausalLM, switches: dict[str, str]) -> str:

@@ -56,7 +56,7 @@ def test_one_batch_equals_transformers(name):
 
     documents, positions = torch.where(real, 0, PADDING).int(), torch.arange(70).expand(2, -1)
     batch = Batch(ids, labels, positions, documents, sum(LENGTHS), int((labels >= 0).sum()))
-    found = balance_routers(ours, [batch], CPU, 1)["aux_loss"]
+    found = balance_routers(ours, [batch], CPU)["aux_loss"]
     assert found.item() == pytest.approx(out.aux_loss.item(), rel=1e-5)
     (ours(ids, positions=positions, documents=documents, labels=labels) / batch.num_supervised).backward()
     assert_same_gradients(ours, reference)
@@ -68,7 +68,7 @@ def test_the_loss_is_felt_and_scales():
     for coef in (None, COEF, 2 * COEF):
         _, model, ids = make_twins(CASES["qwen3-moe"] if coef is None else balanced(CASES["qwen3-moe"], coef))
         batch = Batch(ids, ids.roll(-1, 1), torch.arange(70).expand(2, -1), None, 140, 140)
-        balance_routers(model, [batch], CPU, 1)
+        balance_routers(model, [batch], CPU)
         loss = model(ids, labels=batch.labels)
         loss.backward()
         steps[coef] = (loss.item(), {name: param.grad for name, param in model.named_parameters()})
@@ -85,7 +85,7 @@ def test_by_itself_it_evens_the_experts_out():
     _, model, ids = make_twins(balanced(CASES["mixtral-one"], 1.0))
     batch, found = Batch(ids, torch.full_like(ids, -100), torch.arange(70).expand(2, -1), None, 140, 0), []
     for _ in range(40):
-        found.append(balance_routers(model, [batch], CPU, 1)["aux_loss"].item())
+        found.append(balance_routers(model, [batch], CPU)["aux_loss"].item())
         model(ids, labels=batch.labels).backward()
         with torch.no_grad():
             for name, param in model.named_parameters():
@@ -256,7 +256,7 @@ def test_a_shared_prompt_counts_once_for_each_answer():
     model = mixture("full")
     found = []
     for step in ([pair], alone):
-        aux = balance_routers(model, step, CPU, 1)["aux_loss"]
+        aux = balance_routers(model, step, CPU)["aux_loss"]
         found.append(torch.cat((aux[None].float(), model.model.balance.pull)))
     torch.testing.assert_close(*found)
     model.model.balance.see(pair.input_ids, documents, branches)
@@ -267,7 +267,7 @@ def test_a_model_without_the_loss_computes_nothing():
     for case in (CASES["qwen3-moe"], CASES["llama-3-gqa"]):
         model = build_model({key: value for key, value in case.items() if value is not None})
         assert model.model.balance is None
-        assert balance_routers(model, nn.Module(), CPU, 1) == {}  # batches that nobody can read
+        assert balance_routers(model, nn.Module(), CPU) == {}  # batches that nobody can read
 
 
 def test_a_step_whose_routing_was_not_counted_is_refused():

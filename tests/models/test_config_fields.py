@@ -26,7 +26,7 @@ def outputs(hf: dict[str, Any]) -> list[torch.Tensor]:
         ids = torch.arange(40).remainder(61)[None]
         logits = model(ids)
     if model.config.moe is not None:
-        balance_routers(model, [Batch(ids, ids, None, None, 40, 40)], torch.device("cpu"), 1)
+        balance_routers(model, [Batch(ids, ids, None, None, 40, 40)], torch.device("cpu"))
         (model(ids, labels=ids) / 40).backward()
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return [logits, *model.state_dict().values(), *grads]

@@ -173,7 +173,7 @@ def test_packed_pairs_have_the_gradients_of_single_pairs(small_model: Path, pair
             param += 0.05 * torch.randn(param.shape, generator=generator)
     row = torch.arange(6).numpy()
     batch = make_batch(train, [row], num_rows=1, max_seq_len=600, packing=True)
-    loss, _ = recipe.batch_loss(model, model, batch, cfg.dpo)
+    loss, *_ = recipe.batch_loss(model, model, batch, cfg.dpo)
     params = list(adapter_tensors(model).values())
     got = torch.autograd.grad(loss, params)
 

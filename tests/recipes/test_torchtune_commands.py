@@ -53,11 +53,10 @@ def test_a_wrong_shape_in_the_loop_of_a_copy(small_model: Path, chat_data: Path,
     name, launcher = ("lora_distributed", "--nproc_per_node 2 ") if processes == 2 else ("lora_single_device", "")
     assert in_folder(tmp_path, f"tune cp {name} mine.py").returncode == 0
     copy = tmp_path / "mine.py"
-    planted = "batch_loss(model, batch.to(device))\n"
-    assert copy.read_text().count(planted) == 1 + 1  # in evaluate and in the loop
-    head, _, tail = copy.read_text().rpartition(planted)
-    wrong = "model.model.layers[0](torch.ones(2, 3, 9), batch.positions, batch.positions, None)\n"
-    copy.write_text(f"{head}{wrong}{tail}")
+    planted = "            loss += train_batch(model, "
+    assert copy.read_text().count(planted) == 1
+    wrong = "            model.model.layers[0](torch.ones(2, 3, 9), batch.positions, batch.positions, None)\n"
+    copy.write_text(copy.read_text().replace(planted, wrong + planted))
     options = f"model.path={small_model} model.dtype=float32 data.train={chat_data} run.exact_match_rows=0"
     done = in_folder(tmp_path, f"tune run {launcher}mine.py {options}")
     assert done.returncode == 1 and done.stderr.count("Traceback") == 1, done.stderr
