@@ -6,12 +6,11 @@
     tune cp dpo_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/dpo
 
 It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py), or with lora.rank=0
-full_finetune_distributed; `diff` them. The reference is the model at the start: with an adapter the model with its adapters off;
-where all weights are trained its log-probabilities, computed once and kept in the run's directory (dpo.reference=precomputed),
-or a frozen copy (copy): torchft/reference.py. A row holds many pairs, the prompt of each once, and its two answers behind it do
-not see each other. Every process runs all of this; what is printed and written comes from the first. All is in `main`, from top
-to bottom, and nothing else drives it, so a copy is yours to edit. Measured results: docs/RECORDS.md. Left out: adding tokens to
-the vocabulary where all weights are trained.
+full_finetune_distributed; `diff` them. The reference is the model at the start: its adapters switched off, or where all weights
+are trained its log-probabilities, computed once and kept in the run's directory (dpo.reference=precomputed), or a frozen copy
+(copy): torchft/reference.py. A row holds many pairs, each prompt once, and its two answers behind it do not see each other.
+Every process runs all of this; what is printed and written comes from the first. All is in `main`, from top to bottom, and a
+copy is yours to edit. Measured results: docs/RECORDS.md. Left out: new tokens where all weights are trained.
 """
 
 import math
