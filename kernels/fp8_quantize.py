@@ -23,7 +23,8 @@ from torchft.kernels.launch import can_run, check_rows
 DTYPE = torch.float8_e4m3fn
 LARGEST = tl.constexpr(448.0)
 SMALLEST_ROW = tl.constexpr(1e-30)  # the inverse of a smaller one would leave fp32
-MAX_BLOCK = 16384  # 16 elements a thread at 32 warps; of wider rows it is read twice, the second time from a cache
+MAX_BLOCK = 16384  # elements that a program holds; a row is read twice, the second time from a cache
+PER_WARP = 512  # of them
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def quantize_rows(x: Tensor, factor: Tensor | None = None, *, eager: bool = Fals
         raise ValueError(f"quantize_rows: Triton does not run on {x.device}; pass eager=True")
     codes, scale = new_codes(rows, width, x.device)
     block = min(MAX_BLOCK, triton.next_power_of_2(width))
-    sizes = {"BLOCK": block, "BLOCKS": triton.cdiv(width, block), "num_warps": min(max(block // 512, 1), 32)}
+    sizes = {"BLOCK": block, "BLOCKS": triton.cdiv(width, block), "num_warps": min(max(block // PER_WARP, 1), 32)}
     if rows > 0:
         _quantize_kernel[(rows,)](x, factor, codes, scale, x.stride(0), width, **sizes)
     return codes, scale

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.modules.offload import CannotPin
+
 
 class HostEmbedding(nn.Embedding):
     """An embedding with a frozen `weight` on the CPU, for ids on any device. Made by `offload_embeddings`."""
@@ -66,6 +68,11 @@ def frozen_on_device(model: nn.Module) -> list[nn.Parameter]:
 
 
 def placed(table: Tensor, device: torch.device | str) -> Tensor:
-    """A table in CPU memory, for a model that computes on `device`."""
+    """A table in CPU memory, for a model that computes on `device`. Raises CannotPin where that is not to be had."""
     table = table.cpu()
-    return table.pin_memory() if torch.device(device).type == "cuda" else table
+    if torch.device(device).type != "cuda":
+        return table
+    try:
+        return table.pin_memory()
+    except RuntimeError as error:
+        raise CannotPin("embeddings", table.nbytes, "leave more of it free") from error

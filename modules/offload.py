@@ -32,6 +32,16 @@ ON_THE_WAY = 2  # blocks whose tensors may be on the device: one that computes, 
 Copy = tuple[Tensor, Tensor]  # to, from
 
 
+class CannotPin(RuntimeError):
+    """The machine gives no more CPU memory that a GPU can read, which torchft/crash.py tells without a traceback."""
+
+    def __init__(self, what: str, num_bytes: int, advice: str) -> None:
+        super().__init__(
+            f"model.offload: {what}: {num_bytes / 2**20:,.0f} MiB more of this machine's CPU memory could not be pinned. Raise the "
+            f"limit (ulimit -l, the container's), {advice}, or take it out"
+        )
+
+
 class Link:
     """Copies between host and device, in the order they are given, beside the computing stream. On a CPU at once."""
 
@@ -75,10 +85,7 @@ class HostMemory:
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pinned)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"model.offload: activations: {num_bytes / 2**20:.0f} MiB more of this machine's CPU memory could not be "
-                "pinned. Raise the limit (ulimit -l, the container's), lower run.micro_batch_size, or take it out"
-            ) from error
+            raise CannotPin("activations", num_bytes, "lower run.micro_batch_size") from error
 
     def give(self, buffer: Tensor) -> None:
         """Back for others."""

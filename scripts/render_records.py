@@ -13,7 +13,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEADER = """# Records
 
 What was measured, newest first. One row is one run of a recipe by `scripts/bench_recipe.py`, which writes `docs/records.jsonl`; this page is
-rendered from it by `scripts/render_records.py`. A case is named method_model_dtype_sequence x rows_ac|noac; the method is
+rendered from it by `scripts/render_records.py`. A case is named method_model_dtype_sequence x rows_ac|noac|min; the method is
 the recipe's own loop with `model.weights=random` and fully supervised rows. tokens/s: median of 10 steps after 5 (min to max).
 Memory: peak of allocated GPU memory over the whole run. Baselines ran in the same call on the same GPU.
 

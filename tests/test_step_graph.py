@@ -238,7 +238,7 @@ def test_a_step_of_preferences_is_recorded_with_its_reference() -> None:
 def test_no_graph_where_there_is_no_room_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
     model, said = fused().cuda(), []
     run = StepGraph(run_batch, model, {}, said.append)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 2))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 2**40))
     for n in range(RUNS_BEFORE + 2):
         run(model, rows(n, "cuda"), 50)
-    assert run._recorded is None and len(said) == 1 and said[0].startswith("CUDA graph: none, it takes")
+    assert run._recorded is None and len(said) == 1 and said[0].startswith("CUDA graph: none, it wants")

@@ -86,7 +86,8 @@ def describe(kind: type[BaseException], error: BaseException, trace: TracebackTy
     """What to print for an exception, and the exit code."""
     if issubclass(kind, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
-    if issubclass(kind, UserError) or (kind is ValueError and raised_in_models(trace)):
+    users = issubclass(kind, UserError) or kind.__name__ == "CannotPin"  # of modules/offload.py, which may not import that
+    if users or (kind is ValueError and raised_in_models(trace)):
         return f"error: {error}", 2 if issubclass(kind, ConfigError) else 1
     text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
     return f"{text}\nerror: {NO_MEMORY}" if kind.__name__ == "OutOfMemoryError" else text, 1

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchft.activations import read_memory
 from torchft.data.loader import Batch
 from torchft.modules.host_embedding import HostEmbedding
 from torchft.modules.rope import BY_LENGTH
@@ -81,14 +82,14 @@ class StepGraph:
         device = batch.input_ids.device
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        step = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-        free, _ = torch.cuda.mem_get_info(device)
-        rows, width = batch.input_ids.shape
-        if fits := free > 2 * step:
+        memory, (rows, width) = read_memory(device), batch.input_ids.shape
+        wanted = 2 * (memory.peak - memory.allocated)
+        if memory.free > wanted:
             self._say(f"CUDA graph: micro-batches of {rows} x {width} tokens are launched as one from here on")
         else:
-            self._say(f"CUDA graph: none, it takes {2 * step / 2**30:.1f} GiB beside the weights and {free / 2**30:.1f} are free")
-        return fits
+            free = memory.free / 2**30
+            self._say(f"CUDA graph: none, it wants {wanted / 2**30:.1f} GiB beside the weights, and {free:.1f} are free")
+        return memory.free > wanted
 
     def _record(self, model: CausalLM, batch: Batch, more: tuple) -> Recorded:
         """Nothing is computed by this. Gradients are as they were afterwards."""

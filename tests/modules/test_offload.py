@@ -20,11 +20,13 @@ from test_fuse_fp8 import in_fp8  # noqa: E402
 from tiny_training import hide_cuda  # noqa: E402
 
 from torchft import fused_block  # noqa: E402
+from torchft.crash import describe  # noqa: E402
 from torchft.fuse import swap  # noqa: E402
 from torchft.generate import generate  # noqa: E402
 from torchft.modules.checkpointing import apply_activation_checkpointing  # noqa: E402
+from torchft.modules.host_embedding import placed  # noqa: E402
 from torchft.modules.lora import LoraSpec, adapters_off, trainable_parameters  # noqa: E402
-from torchft.modules.offload import HostMemory, Journey, Link, Traffic  # noqa: E402
+from torchft.modules.offload import CannotPin, HostMemory, Journey, Link, Traffic  # noqa: E402
 from torchft.modules.sharding import place, shard_model, whole  # noqa: E402
 from torchft.modules.transformer import CausalLM  # noqa: E402
 
@@ -290,8 +292,12 @@ def test_buffers_are_reused_and_not_one_for_each_length() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned there")
 def test_memory_that_cannot_be_pinned_is_told() -> None:
-    with pytest.raises(RuntimeError, match="model.offload: activations: 3 MiB more .* could not be pinned"):
+    with pytest.raises(CannotPin, match="model.offload: activations: 3 MiB more .* could not be pinned"):
         HostMemory(pinned=True).take(3 * 2**20)
+    with pytest.raises(CannotPin, match="model.offload: embeddings: 3 MiB more .* leave more of it free"):
+        placed(torch.empty(3, 2**18), "cuda")
+    text, code = describe(CannotPin, CannotPin("embeddings", 2**30, "leave more of it free"), None)
+    assert text.startswith("error: model.offload: embeddings: 1,024 MiB more") and code == 1
 
 
 def test_divided_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
