@@ -10,8 +10,8 @@ INERT = frozenset({"router_aux_loss_coef"})  # where there is no such loss
 def read_experts(fields: Fields, num_experts: int, num_experts_per_tok: int) -> dict[str, Any]:
     """How many experts there are, under both of its names, and how many a token takes. The arguments are for absent fields.
 
-    And whether the router's auxiliary loss is trained, with which coefficient: as in transformers `output_router_logits` switches
-    it on, which no released model's file does. Fields of MoeConfig.
+    And with which coefficient the router's auxiliary loss is trained: as in transformers `output_router_logits` switches it on,
+    which no released model's file does. Returns fields of MoeConfig.
     """
     names = [name for name in ("num_experts", "num_local_experts") if name in fields.left] or ["num_experts"]
     values = [fields.integer(name, num_experts) for name in names]

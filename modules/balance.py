@@ -1,15 +1,16 @@
-"""The auxiliary loss that keeps a mixture's experts evenly busy (Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4 to 6).
+"""The auxiliary loss that keeps a mixture's experts evenly busy (Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4-6).
 
     aux = E * sum_e f_e P_e        f_e  how often e is among a token's k experts: counted, without a gradient
                                    P_e  its probability, softmax(router x)_e
 
-both in the mean over the tokens of a whole optimizer step, padding left out, and over all layers that have a router. For one batch that is
-transformers' `load_balancing_loss_func`; theirs is of each micro-batch by itself, and so depends on how a step is cut.
+both in the mean over the tokens of a whole optimizer step, padding left out, and over all layers that have a router. For one
+batch that is transformers' `load_balancing_loss_func`; theirs is of each micro-batch by itself, and so depends on how a step is
+cut.
 
 A product of two means cannot be added up batch by batch, but its gradient can: d aux / d P_e = E f_e is one vector for the
 step, the *pull* on each expert. So the choices are counted before the first backward (torchft/balance.py), and then every
 router adds the pull's gradient to that of its own logits, p (pull - p . pull) for each token, wherever it stands: in another
-micro-batch or process, compiled, divided, or computed a second time. The value of the loss that a model returns does not hold it.
+micro-batch or process, divided, or computed a second time. The value of the loss that a model returns does not hold it.
 
 Legend: N tokens, k experts of a token, E experts.
 """
@@ -24,8 +25,8 @@ from torchft.modules.attention import PADDING
 class RouterBalance:
     """What all routers of a model share: the step's counts, then the pull that follows from them.
 
-    A forward with gradients needs the pull of its step, and its backward comes before the next batch: a block that is recomputed
-    finds there the tokens of the batch that came last.
+    A forward with gradients needs the pull of its step, and its backward comes before the next batch: a block that is
+    recomputed finds there the tokens of the batch that came last.
     """
 
     def __init__(self, num_experts: int, top_k: int, coef: float) -> None:
@@ -46,7 +47,7 @@ class RouterBalance:
             tokens = torch.where(branches == 0, tokens * branches.amax(), tokens)
         self.tokens = tokens.view(-1, 1)
 
-    @torch.compiler.disable  # in one graph torch 2.13 can add the pull to the gradient of topk, a scatter, before that is written
+    @torch.compiler.disable  # in one graph torch 2.13 can add the pull to topk's gradient, a scatter, before that is written
     def watch(self, logits: Tensor) -> Tensor:
         """The router's `logits` (N, E) fp32 as they are; counted, or with the pull behind them."""
         if self.counting:

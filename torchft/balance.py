@@ -2,11 +2,11 @@
 
     log.latest(**balance_routers(model, batches, device))    # in a recipe, before a step's batches are computed
 
-It is trained where the model's config.json says `"output_router_logits": true`, times `router_aux_loss_coef`, as in transformers;
-in all released models that is false. A forward without gradients over the step's batches then counts, which makes a step half as
-long again with adapters, by a third with all weights. Neither the loss of a step nor of a validation holds it; its gradient does.
-With dropout on adapters the masks counted under are not those trained under. Left out: counting in the training forward
-itself, which a step of one batch per process would allow.
+It is trained where the model's config.json says `"output_router_logits": true`, times `router_aux_loss_coef`, as in
+transformers; in all released models that is false. A forward without gradients over the step's batches then counts, which makes
+a step longer, by up to a half with adapters and a third with all weights. The loss of a step does not hold it, its gradient
+does; validation has none of it. With dropout on adapters the masks counted under are not those trained under. Left out:
+counting in the training forward itself, which a step of one batch per process would allow.
 """
 
 from collections.abc import Sequence

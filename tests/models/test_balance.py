@@ -1,4 +1,4 @@
-"""The router's auxiliary loss: transformers' for one batch, and one gradient however a step is cut, packed, computed or divided."""
+"""The router's auxiliary loss: transformers' for one batch; one gradient however a step is cut, packed, computed or divided."""
 
 from collections.abc import Callable
 
@@ -91,7 +91,7 @@ def test_by_itself_it_evens_the_experts_out():
             for name, param in model.named_parameters():
                 param -= 1.0 * param.grad if name.endswith("block_sparse_moe.gate.weight") else 0.0
                 param.grad = None
-    assert found[0] > 1.05 and abs(found[-1] - 1) < 0.2 * (found[0] - 1), found  # 1: all are equally busy; 5: one does everything
+    assert found[0] > 1.05 and abs(found[-1] - 1) < 0.2 * (found[0] - 1), found  # 1: all are equally busy
 
 
 def samples() -> Dataset:
@@ -228,7 +228,7 @@ def test_nor_on_the_compiler(expected):
 @pytest.mark.skipif(missing_compiler(CPU) != "", reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_inductor_adds_the_pull_to_what_is_written():
-    """In one graph with it, its code for CPUs read a scatter's result, the gradient of topk, too early; aot_eager's does not."""
+    """In one graph with it, its code for CPUs read a scatter's result, the gradient of topk, too early; aot_eager is right."""
     balance = RouterBalance(5, 2, 1.0)
     balance.pull, balance.tokens, x = torch.rand(5), torch.ones(64, 1), torch.randn(64, 16)
     router = torch.randn(5, 16, requires_grad=True)
@@ -281,7 +281,8 @@ def test_a_step_whose_routing_was_not_counted_is_refused():
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gpt-oss"])
 def test_the_fields_of_config_json_decide(name):
     hf = {key: value for key, value in CASES[name].items() if value is not None}
-    assert model_config(hf) == model_config(hf | {"router_aux_loss_coef": 0.9}) == model_config(hf | {"output_router_logits": False})
+    for without in ({"router_aux_loss_coef": 0.9}, {"output_router_logits": False}):
+        assert model_config(hf | without) == model_config(hf)
     assert model_config(hf).moe.aux_loss_coef == 0
     assert model_config(hf | {"output_router_logits": True}).moe.aux_loss_coef == 0.001  # transformers' default
     assert model_config(balanced(hf, 0.02)).moe.aux_loss_coef == 0.02

@@ -95,10 +95,12 @@ def test_the_auxiliary_loss_is_one_on_two_processes(mixture, chat_data, tmp_path
     expected = train(0, mixture, chat_data, tmp_path / "0")
     assert_same_run(train(2, mixture, chat_data, tmp_path / "2", "run.micro_batch_size=1", RECOMPUTED), expected)
     assert_same_run(train(2, mixture, chat_data, tmp_path / "1", "run.micro_batch_size=4", "model.shard=1"), expected)
-    balanced, plain = log_records(expected), log_records(train(0, without_balance(mixture, tmp_path), chat_data, tmp_path / "off"))
+    off = train(0, without_balance(mixture, tmp_path), chat_data, tmp_path / "off")
+    balanced, plain = log_records(expected), log_records(off)
     assert ["aux_loss" in record for record in balanced] == ["loss" in record for record in balanced]
     assert not any("aux_loss" in record for record in plain)
-    assert balanced[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6) and balanced[0]["grad_norm"] != plain[0]["grad_norm"]
+    assert balanced[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
+    assert balanced[0]["grad_norm"] != plain[0]["grad_norm"]
 
 
 @pytest.mark.parametrize("mixture", ["qwen3_moe-balanced"], indirect=True)
@@ -131,10 +133,11 @@ def test_the_auxiliary_loss_beside_preferences(mixture, request, tmp_path, kind)
 
 @pytest.mark.parametrize("mixture", ["qwen3_moe-balanced"], indirect=True)
 def test_it_is_said_before_the_run_and_refused_where_it_is_not_trained(mixture, chat_data, pair_data, capsys):
-    main(["validate", "tiny/lora", f"model.path={mixture}", f"data.train={chat_data}", "data.valid=[]", "data.valid_fraction=0.25"])
+    more = [f"model.path={mixture}", "data.valid=[]", "data.valid_fraction=0.25"]
+    main(["validate", "tiny/lora", f"data.train={chat_data}", *more])
     assert "the router's auxiliary loss is trained, times 0.3 (config.json: output_router_logits)" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["validate", "tiny/reward", f"model.path={mixture}", f"data.train={pair_data}", "data.valid=[]", "data.valid_fraction=0.25"])
+        main(["validate", "tiny/reward", f"data.train={pair_data}", *more])
     assert "output_router_logits is true" in capsys.readouterr().err
 
 
