@@ -104,11 +104,18 @@ def build_model(hf_config: dict[str, Any]) -> CausalLM:
 
 
 def build_reward_model(hf_config: dict[str, Any]) -> RewardModel:
-    """The same with a score on top. Raises ValueError also for an architecture that transformers has no classifier for."""
+    """The same with a score on top. Raises ValueError also for an architecture that transformers has no classifier for, and
+    for an auxiliary loss of the router.
+    """
     config = model_config(hf_config)
     if hf_config["architectures"][0] not in CLASSIFIERS:
         raise ValueError(
             f"config.json: {hf_config['architectures'][0]} has no ...ForSequenceClassification in transformers, as which a "
             f"reward model is written; those that have one: {', '.join(CLASSIFIERS)}."
+        )
+    if config.moe is not None and config.moe.aux_loss_coef:
+        raise ValueError(
+            "config.json: output_router_logits is true, which asks for the router's auxiliary loss, and a reward model's has "
+            "no such term. Set it to false there."
         )
     return RewardModel(config)

@@ -4,15 +4,14 @@ from typing import Any
 
 from torchft.models.fields import Fields
 
-INERT = frozenset({"router_aux_loss_coef"})  # of the loss that `read_experts` refuses
+INERT = frozenset({"router_aux_loss_coef"})  # where there is no such loss
 
 
 def read_experts(fields: Fields, num_experts: int, num_experts_per_tok: int) -> dict[str, Any]:
     """How many experts there are, under both of its names, and how many a token takes. The arguments are for absent fields.
 
-    The router's auxiliary loss is refused: it is a product of two sums over the tokens of a whole optimizer step, of which one
-    must be known before the first backward of that step, and a step has many forwards. transformers takes it over each
-    micro-batch by itself, so that the loss changes with their size. It is off in all models of our tables.
+    And with which coefficient the router's auxiliary loss is trained: as in transformers `output_router_logits` switches it on,
+    which no released model's file does. Returns fields of MoeConfig.
     """
     names = [name for name in ("num_experts", "num_local_experts") if name in fields.left] or ["num_experts"]
     values = [fields.integer(name, num_experts) for name in names]
@@ -21,10 +20,5 @@ def read_experts(fields: Fields, num_experts: int, num_experts_per_tok: int) -> 
     chosen = fields.integer("num_experts_per_tok", num_experts_per_tok)
     if chosen > values[0]:
         raise fields.fail("num_experts_per_tok", chosen, f"at most {names[0]} = {values[0]}")
-    if fields.flag("output_router_logits", False):
-        raise ValueError(
-            f"{fields.where}: output_router_logits is True, which asks for the router's auxiliary loss. It is not implemented: "
-            "over an optimizer step of several forwards it would need the routing of all of them before the first backward. Set "
-            "it to false there."
-        )
-    return {"num_experts": values[0], "num_experts_per_tok": chosen}
+    coef = fields.number("router_aux_loss_coef", 0.001) if fields.flag("output_router_logits", False) else 0.0
+    return {"num_experts": values[0], "num_experts_per_tok": chosen, "aux_loss_coef": coef}

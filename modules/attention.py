@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # that module imports this one
 
 Mask = Tensor | BlockMask | None
 
+PADDING = 1 << 20  # the document of tokens that are padding; those of a row count upwards from 0
 FLEX_BLOCK = 128  # tokens per side of a block that FlexAttention computes or skips as a whole
 
 # cuDNN's causal kernel is 1.8x as fast as flash-2 on an H200. What a kernel cannot take, fp32 say, goes to the next.
@@ -209,7 +210,7 @@ def build_mask(
     """The mask for ids (B, T), the last T of `num_keys` = S tokens (T and S differ only in generation).
 
     documents (B, S) int: the id of each token's document; None = every row is one. A padding token needs an id of its
-    own (any that no document has), so that it sees at least itself: a fully masked softmax would be NaN.
+    own (PADDING, or any that no document has), so that it sees at least itself: a fully masked softmax would be NaN.
     cached: for generation, which runs uncompiled: FlexAttention would hold all scores then, so its mask is a dense one.
     beyond_sdpa: with caps or sinks, which SDPA's causal path cannot do: never None.
     """

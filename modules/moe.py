@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.modules.balance import RouterBalance
 from torchft.modules.feed_forward import ACTIVATIONS, FeedForward, PackedFeedForward
 from torchft.modules.nf4_experts import grouped_linear
 from torchft.modules.routing import Rows, combine, dispatch, route, sort_by_expert
@@ -34,6 +35,7 @@ class MoeConfig:
     dense_layers: tuple[int, ...] = ()  # indices of layers that have a plain feed forward instead
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert's linears, in this order
     clamp: tuple[float, float] | None = None  # alpha and limit of ClampedExperts, which they are then
+    aux_loss_coef: float = 0.0  # of the router's auxiliary loss (balance.py) in a step's; 0 = without
 
     def __post_init__(self) -> None:
         assert 1 <= self.num_experts_per_tok <= self.num_experts, self
@@ -101,6 +103,8 @@ class ClampedExperts(nn.Module):
 class SparseFeedForward(nn.Module):
     """The weighted sum of each token's k experts."""
 
+    balance: RouterBalance | None = None  # of all layers together, where there is an auxiliary loss: see share_balance
+
     def __init__(self, config: "TransformerConfig", moe: MoeConfig) -> None:
         super().__init__()
         self.top_k, self.normalised = moe.num_experts_per_tok, moe.norm_topk_prob
@@ -108,11 +112,13 @@ class SparseFeedForward(nn.Module):
         self.experts = Experts(config, moe)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return mixture(x, self.gate, self.experts, self.top_k, self.normalised)
+        return mixture(x, self.gate, self.experts, self.top_k, self.normalised, self.balance)
 
 
 class ClampedFeedForward(nn.Module):
     """The same with gpt-oss's experts, under its names: the router, which has a bias, is `router`."""
+
+    balance: RouterBalance | None = None
 
     def __init__(self, config: "TransformerConfig", moe: MoeConfig) -> None:
         super().__init__()
@@ -121,13 +127,17 @@ class ClampedFeedForward(nn.Module):
         self.experts = ClampedExperts(config, moe)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return mixture(x, self.router, self.experts, self.top_k, self.normalised)
+        return mixture(x, self.router, self.experts, self.top_k, self.normalised, self.balance)
 
 
-def mixture(x: Tensor, router: nn.Module, experts: nn.Module, top_k: int, normalised: bool) -> Tensor:
+def mixture(
+    x: Tensor, router: nn.Module, experts: nn.Module, top_k: int, normalised: bool, balance: RouterBalance | None
+) -> Tensor:
     """x (B, T, D) -> (B, T, D)."""
     flat = x.flatten(0, -2)  # (N, D)
     logits = router(flat)  # (N, E)
+    if balance is not None:
+        logits = balance.watch(logits.float())
     weights, chosen = route(logits, top_k, normalised)
     rows, order = sort_by_expert(chosen, logits.shape[-1])
     return combine(experts(dispatch(flat, order, top_k), rows), order, weights).view(x.shape)
@@ -139,3 +149,14 @@ def build_feed_forward(config: "TransformerConfig", layer: int) -> nn.Module:
         return (SparseFeedForward if config.moe.clamp is None else ClampedFeedForward)(config, config.moe)
     plain = PackedFeedForward if config.packed_gate_up else FeedForward
     return plain(config.hidden_size, config.intermediate_size, config.mlp_bias, config.activation)
+
+
+def share_balance(layers: nn.ModuleList, moe: MoeConfig | None) -> RouterBalance | None:
+    """Give all routers of a model one RouterBalance, where its config asks for the auxiliary loss. Returns it."""
+    if moe is None or not moe.aux_loss_coef:
+        return None
+    balance = RouterBalance(moe.num_experts, moe.num_experts_per_tok, moe.aux_loss_coef)
+    for module in layers.modules():
+        if isinstance(module, (SparseFeedForward, ClampedFeedForward)):
+            module.balance = balance
+    return balance

@@ -4,7 +4,7 @@
     y = sum over the chosen e of p_e * expert_e(x)         (Shazeer et al. 2017, https://arxiv.org/abs/1701.06538)
 
 Every token is computed, none is dropped. On CUDA nothing waits for the device: where an expert's rows end is counted there and
-read there by one grouped product. Left out: noise on the router, and its auxiliary loss (see models/fields.py).
+read there by one grouped product. Left out: noise on the router. Its auxiliary loss is balance.py.
 
 Legend: N tokens, k experts of a token, M = N * k rows, E experts, D width of a row.
 """

@@ -21,7 +21,7 @@ from torchft.modules.block import BLOCKS
 from torchft.modules.checkpointing import Checkpointing
 from torchft.modules.int8_head import Int8Head
 from torchft.modules.loss import linear_cross_entropy, linear_logprobs, soft_cap
-from torchft.modules.moe import MoeConfig
+from torchft.modules.moe import MoeConfig, share_balance
 from torchft.modules.norm import build_norm
 from torchft.modules.rope import BY_LENGTH, RopeConfig, inverse_frequencies, rope_tables
 from torchft.modules.tree_mask import build_tree_mask
@@ -109,6 +109,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size)
+        self.balance = share_balance(self.layers, config.moe)  # None for most models
 
     def forward(
         self,
@@ -121,6 +122,8 @@ class Decoder(nn.Module):
         """(B, T) -> (B, T, D); arguments as in CausalLM.forward."""
         num_tokens, device = input_ids.shape[1], input_ids.device
         start, more = 0, 0
+        if self.balance is not None:
+            self.balance.see(input_ids, documents, branches)
         if cache is not None:
             start, more = cache.length, cache.capacity - cache.length - num_tokens
             documents = cache.extend(num_tokens, documents)

@@ -6,13 +6,11 @@
     tune cp dpo_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/dpo
 
 It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py), or with lora.rank=0
-full_finetune_distributed; `diff` them. The reference is the model at the start: with an adapter the same model with its
-adapters off. Where all weights are trained its log-probabilities are computed once, before the first step, and kept in the
-run's directory (dpo.reference=precomputed, the default: it takes no memory, and as long as a copy takes in one epoch), or by a
-frozen copy beside the model (copy). A row holds many pairs, the prompt of each once, and its two answers behind it do not see
-each other. Every process runs all of this; what is printed and written comes from the first. The whole run is in `main`,
-from top to bottom: model, optimizer, data, reference, resume, loop, export. Nothing else drives it, so a copy is yours to
-edit. Measured results: docs/RECORDS.md. Left out: adding tokens to the vocabulary where all weights are trained.
+full_finetune_distributed; `diff` them. The reference is the model at the start: its adapters switched off, or where all weights
+are trained its log-probabilities, computed once and kept in the run's directory (dpo.reference=precomputed), or a frozen copy
+(copy): torchft/reference.py. A row holds many pairs, each prompt once, and its two answers behind it do not see each other.
+Every process runs all of this; what is printed and written comes from the first. All is in `main`, from top to bottom, and a
+copy is yours to edit. Measured results: docs/RECORDS.md. Left out: new tokens where all weights are trained.
 """
 
 import math
@@ -25,6 +23,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
+from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, PreferenceOptions, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -218,6 +217,7 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         pairs, totals = len(loader.step_samples(step - 1)), 0.0
         for batch in batches:
             sync_gradients(model, full or batch is batches[-1])  # an adapter's, which are small, accumulate here first

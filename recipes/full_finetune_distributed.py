@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from torchft.activations import ActivationMemory
+from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint
 from torchft.config import DataConfig, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -162,6 +163,7 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         loss = torch.zeros((), device=device)
         for batch in batches:
             micro_loss = batch_loss(model, batch.to(device))

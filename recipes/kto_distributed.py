@@ -22,6 +22,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
+from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, KtoOptions, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -203,6 +204,7 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         samples_now, totals = loader.step_samples(step - 1), 0.0
         others = mismatched(train, samples_now, cfg.data.max_seq_len)
         kl = baseline(model, eval_batches(others, **cells), device)

@@ -18,6 +18,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
+from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
@@ -155,6 +156,7 @@ def main(cfg: Config) -> None:
         batches, (tokens, supervised) = loader.step(step - 1), loader.step_tokens(step - 1)
         lr = lr_at(step - 1, loader.total_steps, cfg.optim)
         set_lr(optimizer, lr)
+        log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         loss = torch.zeros((), device=device)
         for batch in batches:
             loss += train_batch(model, batch.to(device), supervised)

@@ -77,6 +77,17 @@ def test_a_constant_is_in_every_record_from_then_on(tmp_path: Path) -> None:
     assert [(r.get("recomputed_blocks"), r.get("offloaded_gib")) for r in records(tmp_path)] == [(None, None), (4, 0.5), (4, 0.25)]
 
 
+def test_a_latest_figure_is_that_of_the_records_step(tmp_path: Path) -> None:
+    """As grad_norm is; a step without it has none."""
+    log = make_logger(tmp_path, log_every=2)
+    log.begin(total_steps=4, steps_per_epoch=4)
+    for step, figures in enumerate([{"aux_loss": 2.5}, {"aux_loss": 2.25}, {"aux_loss": 2.0}, {}], start=1):
+        log.latest(**{name: torch.tensor(value) for name, value in figures.items()})
+        log_steps(log, step, step)
+    log.close()
+    assert [record.get("aux_loss") for record in records(tmp_path)] == [2.25, None]
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_log_is_the_uninterrupted_one(stop: int, tmp_path: Path) -> None:
     """Stopped in the middle of an interval, too; what the killed run logged after the checkpoint is cut away."""

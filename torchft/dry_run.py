@@ -259,18 +259,23 @@ def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     import torch
 
     from torchft.adapter import add_adapter
-    from torchft.models import build_model
+    from torchft.models import build_model, build_reward_model
     from torchft.models import read_config as read_model_config
     from torchft.modules.vocab import grow_vocab
     from torchft.storage import store_frozen
 
     with torch.device("meta"):
-        model = build_model(read_model_config(resolve_path(cfg.model.path)))
+        make = build_reward_model if isinstance(cfg, RewardRun) else build_model
+        model = make(read_model_config(resolve_path(cfg.model.path)))
     reports = []
+    if balance := model.model.balance:
+        reports.append(f"the router's auxiliary loss is trained, times {balance.coef:g} (config.json: output_router_logits)")
     if isinstance(cfg, Options) and cfg.lora.rank:
         reports.append(str(add_adapter(model, cfg.lora, new_ids)[1]))
     else:
         grow_vocab(model, new_ids)
+    if isinstance(cfg, RewardRun):
+        model.score.requires_grad_(True)
     if new_ids:
         rows = f"{model.config.vocab_size:,} rows"
         reports.append(f"{counted(len(new_ids), 'token')} added: embed_tokens and lm_head have {rows}")

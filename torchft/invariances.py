@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchft.adapter import add_adapter, init_adapter
+from torchft.balance import balance_routers
 from torchft.checks import KERNELS
 from torchft.config import resolve_path
 from torchft.data.dataset import Dataset
@@ -114,6 +115,8 @@ def _move_adapter(model: CausalLM) -> None:
 
 def gradients(model: CausalLM, batches: Iterable[Batch], supervised: int, device: torch.device) -> Gradients:
     """Of one step: the sum over its supervised tokens divided by their number; tensors whole, by parameter name."""
+    batches = list(batches)
+    balance_routers(model, batches, device)
     for batch in batches:
         on_device = batch.to(device)
         loss = model(on_device.input_ids, positions=on_device.positions, documents=on_device.documents, labels=on_device.labels)

@@ -34,8 +34,8 @@ from torchft.throughput import peak_flops, peak_memory_gib
 from torchft.trackers import Trackers
 
 DETERMINISTIC_FIELDS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "epoch", "valid_loss", "exact_match")
-DETERMINISTIC_FIELDS += (*FIGURES, *(f"valid_{name}" for name in FIGURES))
-SHOWN = ("margin", "accuracy", "kl")  # of those, on the terminal
+DETERMINISTIC_FIELDS += ("aux_loss", *FIGURES, *(f"valid_{name}" for name in FIGURES))
+SHOWN = ("aux_loss", "margin", "accuracy", "kl")  # of those, on the terminal
 
 
 class RunLogger:
@@ -56,6 +56,7 @@ class RunLogger:
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._interval = Interval(device)
         self._constants: dict[str, float] = {}
+        self._latest: dict[str, Tensor] = {}
         for group, options in self._config.items():
             text = f"{group}={options}"
             if isinstance(options, dict):
@@ -120,6 +121,10 @@ class RunLogger:
         """
         self._interval.add_figures(count, sums)
 
+    def latest(self, **figures: Tensor) -> None:
+        """What the next record holds of the step to come alone, as its grad_norm is."""
+        self._latest = figures
+
     def constant(self, **figures: float) -> None:
         """What all records hold from here on, until it is told again."""
         self._constants |= figures
@@ -145,6 +150,7 @@ class RunLogger:
             "loss": loss_sum / max(1, interval.count or interval.supervised),  # per supervised token since the last record
             "lr": lr,
             "grad_norm": norm,  # of this step, before clipping
+            **{name: value.item() for name, value in self._latest.items()},
             "supervised_tokens": interval.supervised,  # since the last record
             "epoch": step / self._steps_per_epoch,
             **{name: total / max(1, interval.count) for name, total in interval.read_figures().items()},

@@ -12,6 +12,7 @@ from torchft.data import loader as loader_module
 from torchft.data.dataset import Dataset
 from torchft.data.loader import Loader, eval_batches, make_batch, resolve_micro_batch_size
 from torchft.errors import UserError
+from torchft.modules.attention import PADDING
 
 
 def dataset_of(documents, weights=(1.0,), source=None):
@@ -60,7 +61,7 @@ def test_the_worked_example_of_the_module():
         [-100] * 8,
     ]
     assert made.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], list(range(8)), list(range(8))]
-    assert made.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2], [0] * 8, [0] * 8]
+    assert made.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, PADDING], [0] * 8, [PADDING] * 8]
     assert (made.num_tokens, made.num_supervised) == (15, 10)
     types = [made.input_ids.dtype, made.labels.dtype, made.positions.dtype, made.documents.dtype]
     assert types == [torch.int64, torch.int64, torch.int64, torch.int32]
@@ -70,7 +71,7 @@ def test_documents_is_none_only_for_whole_rows_of_one_document():
     assert batch([[2]]).documents is None
     assert batch([[2], [2]]).documents is None
     assert batch([[2]], num_rows=2).documents is not None  # an empty row
-    assert batch([[0]]).documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]  # padding
+    assert batch([[0]]).documents.tolist() == [[0] * 4 + [PADDING] * 4]
     assert batch([[0, 0]]).documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]  # two documents
     assert batch([[2]], packing=False).documents is None
 

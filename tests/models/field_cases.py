@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {
 }
 GEMMA = {"attention_bias": False, "query_pre_attn_scalar": 7, "sliding_window": 5, "final_logit_softcapping": 0.5}
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 BASES: dict[str, dict[str, Any]] = {
     "llama": BASE | {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False},
@@ -36,9 +37,11 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": BASE
     | {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "use_sliding_window": True, "sliding_window": 5}
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
-    | {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [0]}
+    | BALANCED,
     "mixtral": BASE
-    | {"architectures": ["MixtralForCausalLM"], "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+    | {"architectures": ["MixtralForCausalLM"], "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2}
+    | BALANCED,
     "ministral": BASE | {"architectures": ["MinistralForCausalLM"], "sliding_window": 5},
     "smollm3": BASE
     | {"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 2}
@@ -54,7 +57,8 @@ BASES: dict[str, dict[str, Any]] = {
     "olmo2": BASE | {"architectures": ["Olmo2ForCausalLM"], "attention_bias": False},
     "gpt_oss": BASE
     | {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "sliding_window": 5, "num_local_experts": 4}
-    | {"num_experts_per_tok": 2, "swiglu_alpha": 2.0, "swiglu_limit": 0.1},
+    | {"num_experts_per_tok": 2, "swiglu_alpha": 2.0, "swiglu_limit": 0.1}
+    | BALANCED,
     "granite": BASE
     | {"architectures": ["GraniteForCausalLM"], "attention_bias": False, "mlp_bias": False}
     | {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -68,10 +72,9 @@ EXTRA = {
 }
 # Fields that are read and must hold one value.
 REFUSED = {
-    "gpt_oss": {"output_router_logits": True, "num_experts": 5, "experts_per_token": 3}
-    | {"quantization_config": {"quant_method": "awq"}},
-    "mixtral": {"output_router_logits": True, "num_experts": 5, "router_jitter_noise": 0.1},
-    "qwen3_moe": {"output_router_logits": True, "num_local_experts": 5},
+    "gpt_oss": {"num_experts": 5, "experts_per_token": 3, "quantization_config": {"quant_method": "awq"}},
+    "mixtral": {"num_experts": 5, "router_jitter_noise": 0.1},
+    "qwen3_moe": {"num_local_experts": 5},
     "gemma2": {"hidden_activation": "silu", "hidden_act": "silu", "use_bidirectional_attention": True},
     "gemma3_text": {"hidden_activation": "silu", "use_bidirectional_attention": True, "attn_logit_softcapping": 2.0},
     "phi3": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "mlp_bias": True, "lm_head_bias": True},
@@ -118,6 +121,8 @@ MUTATIONS: dict[str, Any] = {
     "swiglu_alpha": 1.5,
     "swiglu_limit": 0.2,
     "mlp_only_layers": [1],
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.6,
 }
 FAMILY_MUTATIONS: dict[str, dict[str, Any]] = {
     "qwen2": {"layer_types": ["sliding_attention", "full_attention"]},

@@ -8,19 +8,28 @@ import torch
 from field_cases import BASE, BASES, EXTRA, FAMILY_MUTATIONS, LONG_ROPE, MUTATIONS, REFUSED, ROPE, ROPE_MUTATIONS
 from transformers import AutoConfig
 
+from torchft.balance import balance_routers
+from torchft.data.loader import Batch
 from torchft.models import FAMILIES, build_model, fields, llama, model_config, read_config
 
 
 def outputs(hf: dict[str, Any]) -> list[torch.Tensor]:
-    """Logits and parameters of the freshly initialised model: what every honoured field has a part in."""
+    """Logits and parameters of the freshly initialised model: what every honoured field has a part in. Of a mixture a step's
+    gradients too, in which alone the router's auxiliary loss shows.
+    """
     model = build_model(hf)
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.fill_(0.1)
-        logits = model(torch.arange(40).remainder(61)[None])
-    return [logits, *model.state_dict().values()]
+        ids = torch.arange(40).remainder(61)[None]
+        logits = model(ids)
+    if model.config.moe is not None:
+        balance_routers(model, [Batch(ids, ids, None, None, 40, 40)], torch.device("cpu"))
+        (model(ids, labels=ids) / 40).backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [logits, *model.state_dict().values(), *grads]
 
 
 def differ(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

@@ -170,7 +170,7 @@ CHANGED = ("loss", "train_batch", "divisor =", "build_datasets(", "log.begin(", 
 ANSWERS = ("build_model(", "rows_at_once", "answering", "samples", "scored", "accuracy", "log.paused()", "show(", "new_ids")
 COPIES = {  # (original, copy) -> lines taken away, lines added, and the words of one of which each line taken away has one
     ("lora", "kto"): (12, 20, CHANGED),
-    ("lora", "reward"): (28, 20, (*CHANGED, *ANSWERS, "freeze_old_rows", "log.print(")),
+    ("lora", "reward"): (29, 20, (*CHANGED, *ANSWERS, "freeze_old_rows", "log.print(", "balance_routers")),
 }
 
 

@@ -13,7 +13,7 @@ A worked example, one row of 8 tokens packed from two documents; the answers [12
     input_ids   10  11  12  13 | 20  21  22 |  0        labels are the ids one further on, where those are trained;
     labels    -100  12  13 -100|-100 22 -100|-100       a document's last token has none, so that none crosses a border
     positions    0   1   2   3 |  0   1   2 |  0
-    documents    0   0   0   0 |  1   1   1 |  2        padding is a document of its own
+    documents    0   0   0   0 |  1   1   1 |  P        padding is a document of its own, PADDING
 
 A pair of answers (preferences.py), [12 13] better than [22] after the prompt [10 11], is one document with two branches:
 
@@ -36,6 +36,7 @@ from torchft.config import DataConfig, RunConfig
 from torchft.data.dataset import Dataset
 from torchft.data.packing import epoch_samples, plan_rows
 from torchft.errors import UserError
+from torchft.modules.attention import PADDING
 
 IGNORE = -100  # label of a token that is not trained
 PAD_ID = 0  # any id would do: padding has no label, and no other document sees it
@@ -252,7 +253,7 @@ def make_batch(dataset: Dataset, rows: list[np.ndarray], *, num_rows: int, max_s
     input_ids = np.full((num_rows, width), PAD_ID, np.int64)
     labels = np.full((num_rows, width), IGNORE, np.int64)
     positions = column - row_tokens[:, None]  # of the padding
-    documents = np.repeat(per_row.astype(np.int32)[:, None], width, axis=1)
+    documents = np.full((num_rows, width), PADDING, np.int32)
     input_ids[real] = dataset.ids[index]
     labels[real] = np.where(supervised, following, IGNORE)
     documents[real] = np.repeat(number, lengths)
