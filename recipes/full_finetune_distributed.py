@@ -166,12 +166,12 @@ def main(cfg: Config) -> None:
         log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         loss = torch.zeros((), device=device)
         for batch in batches:
+            divisor = supervised / world_size()  # FSDP2 takes the mean over processes; the sum is meant
             micro_loss = batch_loss(model, batch.to(device))
-            mean = micro_loss * world_size() / supervised  # FSDP2 takes the mean over processes; the sum is meant
             if updates:  # optim.in_backward: each weight's step and zero_grad happen in here
-                grad_norm, found_inf = updates.backward(mean)
+                grad_norm, found_inf = updates.backward(micro_loss / divisor)
             else:
-                mean.backward()
+                (micro_loss / divisor).backward()
             loss += micro_loss.detach()
         sum_over_processes(loss)
         if not updates:
