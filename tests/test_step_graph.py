@@ -139,6 +139,28 @@ def test_only_a_shape_that_stays_is_recorded(recording: list[str]) -> None:
 def test_what_cannot_be_recorded_says_why() -> None:
     assert why_not(fused(), {"graph": "eager"}) == why_not(fused(), {"cross_entropy": "eager"}) == "model.kernels says so"
     assert why_not(fused(), {}) == "the model is not on a GPU"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert why_not(fused(), {}).startswith("run.deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_step_that_cannot_be_recorded_names_the_switch(recording: list[str]) -> None:
+    model, said = fused(), []
+
+    def fails(*args: object) -> Tensor:
+        if said:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return run_batch(*args)
+
+    run = StepGraph(fails, model, {}, lambda text: None)
+    for n in range(RUNS_BEFORE):
+        run(model, rows(n), 50)
+    said.append("from here on it fails")
+    with pytest.raises(RuntimeError) as caught:
+        run(model, rows(9), 50)
+    assert "model.kernels={graph: eager}" in caught.value.__notes__[0]
 
 
 @pytest.mark.gpu

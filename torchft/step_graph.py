@@ -8,8 +8,9 @@ is computed stays the same, kernel by kernel; batches of another shape than the 
 
 Nothing in such a step may look at a value on the GPU, draw random numbers or copy from memory that is not pinned: so it takes
 fused blocks, the loss's kernel, a frozen embedding and head, weights that are not divided, and RoPE that does not go by the
-lengths of the documents. The graph has memory of its own, about as much as the step takes without it, which nothing else
-can use: there must be room for both.
+lengths of the documents. With run.deterministic there is no graph: libraries may choose other kernels for it, and a run that goes on
+after a stop, launch by launch at first, would not have the same bits. A graph has memory of its own, about as much as the step
+takes without it, which nothing else can use: there must be room for both.
 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -99,8 +100,12 @@ class StepGraph:
         before = self._take_grads()
         traffic, graph = model.model.checkpointing.traffic, torch.cuda.CUDAGraph()
         sent = traffic.sent if traffic else 0
-        with torch.cuda.graph(graph):
-            sums = self._run(model, static, divisor, *more)
+        try:
+            with torch.cuda.graph(graph):
+                sums = self._run(model, static, divisor, *more)
+        except RuntimeError as error:
+            error.add_note("This came up while a step was recorded; model.kernels={graph: eager} launches kernel by kernel.")
+            raise
         grads = self._take_grads()
         self._give_grads(before)
         if traffic is None:
@@ -150,6 +155,7 @@ def why_not(model: CausalLM, switches: dict[str, str]) -> str:
     trained = [name for name, param in params.items() if param.requires_grad]
     reasons = {
         "model.kernels says so": "eager" in (switches.get("graph"), switches.get("cross_entropy")),
+        "run.deterministic: a run that goes on begins launch by launch": torch.are_deterministic_algorithms_enabled(),
         "the model is not on a GPU": params[trained[0]].device.type != "cuda",
         "its weights are divided over processes": any(isinstance(param, DTensor) for param in params.values()),
         "its blocks are not fused": any(block.compilable or block.draws for block in blocks),
