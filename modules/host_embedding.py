@@ -75,4 +75,4 @@ def placed(table: Tensor, device: torch.device | str) -> Tensor:
     try:
         return table.pin_memory()
     except RuntimeError as error:
-        raise CannotPin("embeddings", table.nbytes, "leave more of it free") from error
+        raise CannotPin("embeddings", table.nbytes, "leave more of it free", error) from error

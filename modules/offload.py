@@ -35,10 +35,10 @@ Copy = tuple[Tensor, Tensor]  # to, from
 class CannotPin(RuntimeError):
     """The machine gives no more CPU memory that a GPU can read, which torchft/crash.py tells without a traceback."""
 
-    def __init__(self, what: str, num_bytes: int, advice: str) -> None:
+    def __init__(self, what: str, num_bytes: int, advice: str, cause: RuntimeError) -> None:
         super().__init__(
-            f"model.offload: {what}: {num_bytes / 2**20:,.0f} MiB more of this machine's CPU memory could not be pinned. Raise the "
-            f"limit (ulimit -l, the container's), {advice}, or take it out"
+            f"model.offload: {what}: {num_bytes / 2**20:,.0f} MiB more of this machine's CPU memory could not be pinned "
+            f"({str(cause).splitlines()[0]}). Raise the limit (ulimit -l, the container's), {advice}, or take it out"
         )
 
 
@@ -85,7 +85,7 @@ class HostMemory:
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pinned)
         except RuntimeError as error:
-            raise CannotPin("activations", num_bytes, "lower run.micro_batch_size") from error
+            raise CannotPin("activations", num_bytes, "lower run.micro_batch_size", error) from error
 
     def give(self, buffer: Tensor) -> None:
         """Back for others."""

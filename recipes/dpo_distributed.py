@@ -122,7 +122,7 @@ def evaluate(
             totals += batch_loss(model, frozen, batch.to(device), options).double()
             pairs += batch.num_sequences // 2
     pairs, *sums = sum_over_processes(torch.cat([totals.new_tensor([pairs]), totals])).tolist()
-    return {f"valid_{name}": value / pairs for name, value in zip(("loss", *FIGURES), sums)}  # see batch_loss
+    return {f"valid_{name}": value / pairs for name, value in zip(("loss", *FIGURES[: len(sums) - 1]), sums, strict=True)}
 
 
 def show(answers: list[Answer], log: RunLogger) -> None:
@@ -170,7 +170,7 @@ def main(cfg: Config) -> None:
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim, run.seed)
     updates = StepInBackward(params, optimizer) if cfg.optim.in_backward else None
-    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log.print)  # or run_batch itself, launch by launch
+    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log)  # or run_batch itself, launch by launch
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     with node_leader_first():
@@ -235,7 +235,7 @@ def main(cfg: Config) -> None:
             grad_norm, found_inf, clip = norm_and_check(params, cfg.optim.max_grad_norm, loss)
             step_optimizer(optimizer, found_inf, clip)  # a step that is not finite is skipped, and the log stops the run
             optimizer.zero_grad()
-        log.figures(pairs, dict(zip(FIGURES, sums)))  # without a reference there is no kl, the last one
+        log.figures(pairs, dict(zip(FIGURES[: len(sums)], sums, strict=True)))  # without a reference no kl, the last
         activations.step()
         log.step(step, loss=loss, supervised=supervised, tokens=tokens, lr=lr, grad_norm=grad_norm, found_inf=found_inf)
         profiler.step()

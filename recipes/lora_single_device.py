@@ -122,7 +122,7 @@ def main(cfg: Config) -> None:
     init_adapter(model, cfg.lora, new_ids, generator)
     params = trainable_parameters(model)
     optimizer = build_optimizer(params, cfg.optim)
-    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log.print)  # or run_batch itself, launch by launch
+    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log)  # or run_batch itself, launch by launch
 
     # ---- Data. All epochs are planned here, so that the data position of a run is its step number.
     train, valid = build_datasets(cfg.data, tokenizer, template, run.seed)

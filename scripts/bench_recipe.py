@@ -183,7 +183,7 @@ def reduce_log(records: list[dict]) -> dict:
         "peak_alloc_gib": round(max(r["peak_memory_gib"] for r in records), 2),
         "loss_first": records[0]["loss"],
         "loss_last": records[-1]["loss"],
-        **{name: records[-1][name] for name in ("recomputed_blocks", "offloaded_gib") if name in records[-1]},
+        **{name: records[-1][name] for name in ("recomputed_blocks", "offloaded_gib", "graph_gib") if name in records[-1]},
     }
 
 

@@ -46,3 +46,4 @@ def test_a_record_says_how_much_was_recomputed_and_offloaded(repo: Path) -> None
     record |= {"recomputed_blocks": 32, "offloaded_gib": 8.43}
     assert "| 17.25 (32 blocks recomputed, 8.43 GiB offloaded) |" in render.row(record)
     assert "| 17.25 (32 blocks recomputed) |" in render.row(record | {"offloaded_gib": 0.0})
+    assert "recomputed, 8.43 GiB offloaded, 1.5 GiB in a graph) |" in render.row(record | {"graph_gib": 1.5})

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from test_activations import Log
 from test_fuse import ALL, adapted, batch
 from test_fuse_bf16 import tokens_apart
 from torch import Tensor
@@ -13,14 +14,14 @@ from torchft import step_graph
 from torchft.config import PreferenceOptions
 from torchft.data.loader import Batch
 from torchft.fuse import swap
-from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks
+from torchft.modules.checkpointing import Probe, apply_activation_checkpointing, recompute_blocks
 from torchft.modules.host_embedding import offload_embeddings, placed
 from torchft.modules.int8_head import quantize_head
 from torchft.modules.lora import LoraSpec, trainable_parameters
 from torchft.modules.offload import Traffic
 from torchft.modules.rope import RopeConfig
 from torchft.modules.transformer import CausalLM
-from torchft.step_graph import RUNS_BEFORE, StepGraph, why_not
+from torchft.step_graph import PATIENCE, RUNS_BEFORE, StepGraph, why_not
 
 
 def run_batch(model: CausalLM, rows: Batch, divisor: float | Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -
 
 
 def graphed(model: CausalLM) -> StepGraph:
-    run = StepGraph(run_batch, model, {}, lambda text: None)
+    run = StepGraph(run_batch, model, {}, Log())
     Replayed.step, Replayed.model = run, model
     return run
 
@@ -126,14 +127,45 @@ def test_only_a_shape_that_stays_is_recorded(recording: list[str]) -> None:
     run = graphed(model)
     for n in range(3 * RUNS_BEFORE):
         run(model, rows(n, tokens=36 + n % RUNS_BEFORE), 50)
+    for n in range(2 * RUNS_BEFORE):  # a graph would be in the way of longer ones
+        run(model, rows(n, tokens=36), 50)
     assert not recording
     for n in range(RUNS_BEFORE + 1):
-        run(model, rows(n, tokens=36), 50)
+        run(model, rows(n, tokens=38), 50)
         assert len(recording) == (n == RUNS_BEFORE)
-    recompute_blocks(model, range(2), offload=False)  # as `auto` decides after two steps
     before = run._recorded
-    run(model, rows(0, tokens=36), 50)
+    recompute_blocks(model, range(2), offload=False)  # as `auto` decides after two steps
+    run(model, rows(0, tokens=38), 50)
     assert run._shape[-2] == range(0) and run._recorded is before
+    run(model, rows(0, tokens=39), 50)
+    assert run._recorded is None and run._log.lines[0].startswith("CUDA graph: micro-batches of 2 x 38 tokens")
+
+
+def test_that_there_is_none_is_said(recording: list[str]) -> None:
+    model = fused()
+    run = graphed(model)
+    for n in range(PATIENCE):
+        assert not run._log.lines
+        run(model, rows(n, tokens=30 + n % 2), 50)
+    assert run._log.lines == ["CUDA graph: none so far, since no 4 of the largest micro-batches came in a row and in one shape"]
+
+
+def test_nothing_is_recorded_while_auto_measures(recording: list[str]) -> None:
+    """When it has decided, what is sent to CPU memory is counted anew, and its buffers are made: in steps that are not recorded."""
+    model = fused()
+    offloaded(model)
+    run, probe = graphed(model), Probe(2)
+    model.model.checkpointing.probe = probe
+    for n in range(2 * RUNS_BEFORE):
+        run(model, rows(n), 50)
+    offloaded(model)
+    for n in range(RUNS_BEFORE):
+        run(model, rows(n), 50)
+        assert not recording
+    sent = model.model.checkpointing.bytes_offloaded // RUNS_BEFORE
+    for n in range(3):
+        run(model, rows(n), 50)
+    assert recording == ["a graph"] and run._recorded.offloaded == sent and run._recorded.held
 
 
 def test_what_cannot_be_recorded_says_why() -> None:
@@ -154,7 +186,7 @@ def test_a_step_that_cannot_be_recorded_names_the_switch(recording: list[str]) -
             raise RuntimeError("operation not permitted when stream is capturing")
         return run_batch(*args)
 
-    run = StepGraph(fails, model, {}, lambda text: None)
+    run = StepGraph(fails, model, {}, Log())
     for n in range(RUNS_BEFORE):
         run(model, rows(n), 50)
     said.append("from here on it fails")
@@ -173,9 +205,14 @@ def test_a_step_that_cannot_be_recorded_names_the_switch(recording: list[str]) -
     ],
 )
 def test_a_step_that_waits_or_draws_is_not_recorded(make: Callable[[], CausalLM], reason: str) -> None:
-    said: list[str] = []
-    StepGraph(run_batch, make().cuda(), {}, said.append)
-    assert said == [f"CUDA graph: none, {reason}"]
+    log = Log()
+    StepGraph(run_batch, make().cuda(), {}, log)
+    assert log.lines == [f"CUDA graph: none, {reason}"]
+
+
+def offloaded(model: CausalLM) -> None:
+    apply_activation_checkpointing(model, "full", offload=True)
+    model.model.checkpointing.traffic = Traffic(torch.device("cpu"), smallest=1)
 
 
 def smallest() -> CausalLM:
@@ -213,11 +250,12 @@ def test_a_graph_computes_what_its_launches_do(kind: str, tokens: int) -> None:
         apply_activation_checkpointing(model, mode, offload)
         if offload:
             model.model.checkpointing.traffic = Traffic(torch.device("cuda"), smallest=1)
-        said: list[str] = []
-        run = StepGraph(run_batch, model, {}, said.append) if recorded else run_batch
+        log = Log()
+        run = StepGraph(run_batch, model, {}, log) if recorded else run_batch
         results.append(steps(run, model, plan, rate=0.001))
         sent.append(model.model.checkpointing.bytes_offloaded)
-        assert (run._recorded is not None and len(said) == 1) if recorded else True, said
+    assert len(log.lines) == 1 and log.figures["graph_gib"] > 0
+    assert bool(run._recorded.held) == offload
     assert sent[0] == sent[1] and bool(sent[0]) == offload
     # The order of some sums is not fixed in attention's backward; large steps would let the difference grow.
     assert_same(results[1], results[0], 1e-5 if kind == "fp32" else 0.02)
@@ -242,26 +280,26 @@ def pairs(seed: int, device: str, tokens: int = 256) -> Batch:
 def test_a_step_of_preferences_is_recorded_with_its_reference() -> None:
     from torchft.recipes.dpo_distributed import run_batch as dpo_batch
 
-    results, said = [], []
+    results, log = [], Log()
     for recorded in (False, True):
         model = tokens_apart(adapted(dtype=torch.bfloat16)).cuda()
         swap(model, ())
-        run = StepGraph(dpo_batch, model, {}, said.append) if recorded else dpo_batch
+        run = StepGraph(dpo_batch, model, {}, log) if recorded else dpo_batch
         found = []
         for n in range(7):
             found.append(run(model, pairs(n, "cuda"), 3, model, PreferenceOptions()))
             found += [param.grad.clone() for param in trainable_parameters(model).values()]
             model.zero_grad(set_to_none=True)
         results.append(found)
-    assert len(said) == 1 and run._recorded is not None
+    assert len(log.lines) == 1 and run._recorded is not None
     assert_same(results[1], results[0], 0.02)
 
 
 @pytest.mark.gpu
 def test_no_graph_where_there_is_no_room_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, said = fused().cuda(), []
-    run = StepGraph(run_batch, model, {}, said.append)
+    model, log = fused().cuda(), Log()
+    run = StepGraph(run_batch, model, {}, log)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 2**40))
     for n in range(RUNS_BEFORE + 2):
         run(model, rows(n, "cuda"), 50)
-    assert run._recorded is None and len(said) == 1 and said[0].startswith("CUDA graph: none, it wants")
+    assert run._recorded is None and len(log.lines) == 1 and log.lines[0].startswith("CUDA graph: none, it wants")

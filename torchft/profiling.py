@@ -5,7 +5,8 @@
     out/profile/memory.json       torch.cuda.memory._snapshot(): segments, and every allocation and free with its stack
     out/profile/memory_top.txt    what was allocated in these steps and alive at their peak, by line of code
 
-Left out: a window later in the run (set run.max_steps and resume there) and memory on CPU.
+Steps that run as a CUDA graph show kernels without their operators: model.kernels={graph: eager} for these. Left out: a window later
+in the run (set run.max_steps and resume there) and memory on CPU.
 """
 
 import json

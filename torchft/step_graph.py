@@ -1,16 +1,20 @@
 """The launches of a micro-batch, forward and backward, recorded once as a CUDA graph and from then on launched as one.
 
-    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log.print)    # or run_batch itself, launch by launch
+    train_batch = StepGraph(run_batch, model, cfg.model.kernels, log)    # or run_batch itself, launch by launch
     loss += train_batch(model, batch.to(device), supervised)
 
 A step of 8B on 2,048 tokens is some ten thousand launches, which take the CPU longer than the GPU needs to compute them. What
-is computed stays the same, kernel by kernel; batches of another shape than the recorded one are run as before.
+is computed stays the same, up to the kernels that libraries choose; batches of another shape than the recorded one are run as
+before.
 
 Nothing in such a step may look at a value on the GPU, draw random numbers or copy from memory that is not pinned: so it takes
 fused blocks, the loss's kernel, a frozen embedding and head, weights that are not divided, and RoPE that does not go by the
-lengths of the documents. With run.deterministic there is no graph: libraries may choose other kernels for it, and a run that goes on
-after a stop, launch by launch at first, would not have the same bits. A graph has memory of its own, about as much as the step
-takes without it, which nothing else can use: there must be room for both.
+lengths of the documents. With run.deterministic there is no graph: a run that goes on after a stop, launch by launch at first, would
+not have the same bits. A graph has memory of its own, about as much as the step takes without it, which nothing else can use:
+there must be room for both. What is allocated, the peak in the log, does not hold it; `graph_gib` there does.
+
+Left out: a graph for each of several shapes (packed pairs, of which a row holds now more and now fewer, have none), KTO, reward
+models, training of all weights, evaluation.
 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -23,12 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchft.activations import read_memory
+from torchft.activations import GIB, read_memory
 from torchft.data.loader import Batch
+from torchft.metrics import RunLogger
 from torchft.modules.host_embedding import HostEmbedding
 from torchft.modules.rope import BY_LENGTH
 from torchft.modules.transformer import CausalLM
 
+PATIENCE = 50  # micro-batches, after which it is said that there is no graph
 RUNS_BEFORE = 3  # of one shape in a row, launch by launch: kernels are built and memory is laid out by then
 
 Run = Callable[..., Tensor]  # see StepGraph
@@ -49,16 +55,17 @@ class Recorded(NamedTuple):
 class StepGraph:
     """`run(model, batch, divisor, *more)`, which adds gradients and returns sums, recorded where that is possible.
 
-    switches: `model.kernels`, whose graph: eager forbids it. `say` is told of it once.
+    switches: `model.kernels`, whose graph: eager forbids it. `log` is told once what became of it.
     """
 
-    def __init__(self, run: Run, model: CausalLM, switches: dict[str, str], say: Callable[[str], None]) -> None:
-        self._run, self._say = run, say
+    def __init__(self, run: Run, model: CausalLM, switches: dict[str, str], log: RunLogger) -> None:
+        self._run, self._log = run, log
         self._params = [param for param in model.parameters() if param.requires_grad]
         reason = why_not(model, switches)
         self._possible = not reason
         if reason and self._params[0].is_cuda:
-            say(f"CUDA graph: none, {reason}")
+            log.print(f"CUDA graph: none, {reason}")
+        self._batches, self._largest = 0, 0  # so far; tokens of the largest batch
         self._last, self._times = None, 0  # the shape of the last batch, and how often it came in a row
         self._recorded: Recorded | None = None
         self._shape = None  # of what is recorded
@@ -67,29 +74,34 @@ class StepGraph:
         """As `run`. `more`: what it takes besides, the same for all batches."""
         if not self._possible:
             return self._run(model, batch, divisor, *more)
-        shape = _shape(model, batch)
+        shape, self._batches = _shape(model, batch), self._batches + 1
         self._times = self._times + 1 if shape == self._last else 1
         self._last = shape
-        if self._recorded is None and self._times > RUNS_BEFORE and model.model.checkpointing.probe is None:
+        if model.model.checkpointing.probe is not None:  # of `auto`: blocks may do otherwise in a moment
+            self._times = 0
+        tokens = batch.input_ids.numel()
+        if tokens > self._largest:  # which needs the room of a graph that is there
+            self._largest, self._recorded, self._shape = tokens, None, None
+        if self._recorded is None and tokens == self._largest and self._times > RUNS_BEFORE:
             self._possible = self._fits(batch)
             if self._possible:
                 self._recorded, self._shape = self._record(model, batch, more), shape
+        if self._recorded is None and self._batches == PATIENCE:
+            self._log.print(f"CUDA graph: none so far, since no {RUNS_BEFORE + 1} of the largest micro-batches came in a row and in one shape")
         if shape != self._shape:
             return self._run(model, batch, divisor, *more)
         return self._replay(model, batch, divisor)
 
     def _fits(self, batch: Batch) -> bool:
-        """Whether what a step takes is there twice."""
+        """Whether what a step takes is there twice; says so if not."""
         device = batch.input_ids.device
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        memory, (rows, width) = read_memory(device), batch.input_ids.shape
+        memory = read_memory(device)
         wanted = 2 * (memory.peak - memory.allocated)
-        if memory.free > wanted:
-            self._say(f"CUDA graph: micro-batches of {rows} x {width} tokens are launched as one from here on")
-        else:
-            free = memory.free / 2**30
-            self._say(f"CUDA graph: none, it wants {wanted / 2**30:.1f} GiB beside the weights, and {free:.1f} are free")
+        if memory.free <= wanted:
+            free = memory.free / GIB
+            self._log.print(f"CUDA graph: none, it wants {wanted / GIB:.1f} GiB beside the weights, and {free:.1f} are free")
         return memory.free > wanted
 
     def _record(self, model: CausalLM, batch: Batch, more: tuple) -> Recorded:
@@ -98,7 +110,7 @@ class StepGraph:
         tensors = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
         static, divisor = replace(batch, **tensors), torch.ones((), device=batch.input_ids.device)
         before = self._take_grads()
-        traffic, graph = model.model.checkpointing.traffic, torch.cuda.CUDAGraph()
+        traffic, graph, reserved = model.model.checkpointing.traffic, torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
         sent = traffic.sent if traffic else 0
         try:
             with torch.cuda.graph(graph):
@@ -108,6 +120,9 @@ class StepGraph:
             raise
         grads = self._take_grads()
         self._give_grads(before)
+        own, (num_rows, width) = (torch.cuda.memory_reserved() - reserved) / GIB, batch.input_ids.shape
+        self._log.constant(graph_gib=round(own, 3))
+        self._log.print(f"CUDA graph: micro-batches of {num_rows} x {width} tokens are launched as one, in {own:.2f} GiB of their own")
         if traffic is None:
             return Recorded(graph, static, divisor, sums, grads, 0, [])
         offloaded, traffic.sent = traffic.sent - sent, sent  # nothing has travelled yet

@@ -296,8 +296,8 @@ def test_memory_that_cannot_be_pinned_is_told() -> None:
         HostMemory(pinned=True).take(3 * 2**20)
     with pytest.raises(CannotPin, match="model.offload: embeddings: 3 MiB more .* leave more of it free"):
         placed(torch.empty(3, 2**18), "cuda")
-    text, code = describe(CannotPin, CannotPin("embeddings", 2**30, "leave more of it free"), None)
-    assert text.startswith("error: model.offload: embeddings: 1,024 MiB more") and code == 1
+    text, code = describe(CannotPin, CannotPin("embeddings", 2**30, "leave more of it free", RuntimeError("no driver\nat all")), None)
+    assert text.startswith("error: model.offload: embeddings: 1,024 MiB more") and "(no driver). Raise" in text and code == 1
 
 
 def test_divided_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
