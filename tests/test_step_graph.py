@@ -8,6 +8,7 @@ import torch
 from test_activations import Log
 from test_fuse import ALL, adapted, batch
 from test_fuse_bf16 import tokens_apart
+from test_fuse_fp8 import in_fp8
 from torch import Tensor
 
 from torchft import step_graph
@@ -232,6 +233,9 @@ ON_GPU: dict[str, tuple[Callable[[], CausalLM], str, bool]] = {
     "recomputed": (lambda: tokens_apart(adapted(dtype=torch.bfloat16)).cuda(), "full", False),
     "offloaded": (lambda: tokens_apart(adapted(dtype=torch.bfloat16)).cuda(), "full", True),
     "smallest": (smallest, "full", True),
+    "qk_norm": (lambda: tokens_apart(adapted(dtype=torch.bfloat16, qk_norm=True)).cuda(), "none", False),
+    "biases": (lambda: tokens_apart(adapted(dtype=torch.bfloat16, qkv_bias=True, o_bias=True, mlp_bias=True)).cuda(), "none", False),
+    "fp8": (lambda: tokens_apart(in_fp8(dtype=torch.bfloat16)).cuda(), "full", True),
     "nothing quantised, rank 70": (lambda: adapted(LoraSpec(rank=70, alpha=12)).cuda(), "none", False),
 }
 
