@@ -16,7 +16,7 @@ from torchft.data.tokenize import tokenize_chat
 from torchft.data.tokenizer import StreamDecoder, load_tokenizer
 from torchft.errors import UserError
 
-ROWS = {  # files of rows, and how many each has at least (../shared/data/README.md; the last line of GSM8K's is cut short)
+ROWS = {  # files of rows, and how many whole ones each has (the last line of GSM8K's is cut short)
     "sft/alpaca_en_demo.json": 999,
     "sft/glaive_toolcall_en_demo.json": 300,
     "sft/gsm8k_train.jsonl": 7472,
