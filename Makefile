@@ -2,7 +2,7 @@
 # make test    all tests, with their own set-up         make style    what exceeds the project's size budgets
 # make gpu     the tests that need a GPU, which the others hide from themselves: autograd's threads for it do not survive forks
 # make faults  recipes on several processes, launched and killed ones, faults of every kind: some four minutes
-# make torture all faults that the table promises, half an hour; writes docs/TORTURE.md
+# make torture all faults that the table promises, three quarters of an hour; writes docs/TORTURE.md
 # make mutants every planted bug is seen to be caught   make clean    removes the environment and the demo's output
 
 VENV := .venv

@@ -19,7 +19,7 @@ from torchft.parse import read_config as read_options
 
 SIZES = {name: hf for family in dict.fromkeys(FAMILIES.values()) for name, hf in family.SIZES.items()}
 ROWS = {  # <family>/<size> -> its row in the family's table of sizes
-    "llama2": {"7B": "Llama-2-7B", "13B": "Llama-2-13B"},
+    "llama2": {"7B": "Llama-2-7B", "13B": "Llama-2-13B", "70B": "Llama-2-70B"},
     "llama3": {"8B": "Llama-3-8B"},
     "llama3_1": {"8B": "Llama-3.1-8B", "70B": "Llama-3.1-70B"},
     "llama3_2": {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B"},
@@ -28,8 +28,8 @@ ROWS = {  # <family>/<size> -> its row in the family's table of sizes
     | {"ministral_8B": "Ministral-8B"},
     "qwen2_5": {f"{n}B": f"Qwen2.5-{n}B" for n in ("0.5", "1.5", "3", "7", "14", "32", "72")},
     "qwen3": {f"{n}B": f"Qwen3-{n}B" for n in ("0.6", "1.7", "4", "8", "14", "32")},
-    "mixtral": {"8x7B": "Mixtral-8x7B"},
-    "qwen3_moe": {"30B_A3B": "Qwen3-30B-A3B"},
+    "mixtral": {"8x7B": "Mixtral-8x7B", "8x22B": "Mixtral-8x22B"},
+    "qwen3_moe": {"30B_A3B": "Qwen3-30B-A3B", "235B_A22B": "Qwen3-235B-A22B"},
     "smollm2": {"135M": "SmolLM2-135M", "360M": "SmolLM2-360M", "1.7B": "SmolLM2-1.7B"},
     "smollm3": {"3B": "SmolLM3-3B"},
     "tinyllama": {"1.1B": "TinyLlama-1.1B"},

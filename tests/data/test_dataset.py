@@ -3,16 +3,19 @@
 The tokenizer here has one token per byte (byte_tokenizer.py): a row is `<s>` question `<a>` answer `<e>`.
 """
 
+import itertools
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
 from byte_tokenizer import TEMPLATE, row, texts
+from chat_setups import ASK, say
 
 from torchft.config import DataConfig, SourceConfig
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import build_dataset, hold_out
+from torchft.data.report import report
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
 
@@ -175,3 +178,34 @@ def test_shared_files_with_the_real_tokenizer(shared_data):
         "alpaca_en_demo.json": (999, 999, 197_697, 612),
         "glaive_toolcall_en_demo.json": (300, 299, 164_191, 1911),
     }
+
+
+def test_gsm8k_is_what_transformers_makes_of_it(shared_data):
+    """Targets and lengths of every row, all tokens of each 20th; the file's last line is cut short, and named."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder, path = shared_data / "tokenizers" / "llama3_hf", shared_data / "sft" / "gsm8k_train.jsonl"
+    reference, tokenizer = PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 7473
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(lines[-1])
+    rows = [json.loads(line) for line in lines[:-1]]
+    questions = reference([row["question"].strip() for row in rows], add_special_tokens=False)["input_ids"]
+    answers = reference([f"{row['answer'].strip()}<|eot_id|>" for row in rows], add_special_tokens=False)["input_ids"]
+    chats = [[ASK | {"content": row["question"]}, say(row["answer"])] for row in rows[::20]]
+    whole = reference.apply_chat_template(chats)["input_ids"]
+    around = len(whole[0]) - len(questions[0]) - len(answers[0])  # tokens of the template: one number for all rows
+    lengths = [around + len(question) + len(answer) for question, answer in zip(questions, answers, strict=True)]
+
+    cfg = DataConfig(train=[SourceConfig(path=str(path))])
+    dataset = build_dataset(cfg.train, cfg, tokenizer, load_template("", tokenizer), use_cache=False, quiet=True)
+    assert dataset.lengths.tolist() == lengths and dataset.row.tolist() == list(range(7472))
+    starts = dataset.starts[::20].tolist()
+    assert [dataset.ids[start : start + len(ids)].tolist() for start, ids in zip(starts, whole, strict=True)] == whole
+    assert dataset.ids[1:][dataset.supervised[:-1]].tolist() == list(itertools.chain.from_iterable(answers))
+    assert dataset.num_supervised.tolist() == [len(ids) for ids in answers]
+    said, total, trained = report(dataset), sum(lengths), int(dataset.num_supervised.sum())
+    assert "  rows        7,473 read: 7,472 used, 1 dropped\n  dropped     1 broken JSON\n" in said
+    assert f"{path}:7473: Unterminated string starting at (column 111)\n" in said
+    assert f"  tokens      {total:,} in 7,472 examples, {trained:,} trained ({100 * trained / total:.1f}%)\n" in said

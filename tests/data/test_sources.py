@@ -10,8 +10,9 @@ import pytest
 
 from torchft.config import SourceConfig
 from torchft.data.rows import BadRow, parse_json
-from torchft.data.sources import hash_source, read_source
+from torchft.data.sources import SUFFIXES, hash_source, read_source
 from torchft.errors import UserError
+from torchft.options import field_comments
 
 
 def read(tmp_path, name, content):
@@ -28,6 +29,11 @@ def test_jsonl_rows_have_their_lines_and_blank_lines_are_no_rows(tmp_path):
         ("t.jsonl:4", {"a": "x\u2028y"}),
         ("t.jsonl:5", {"a": 3}),
     ]
+
+
+def test_every_kind_of_file_is_in_the_help():
+    local = field_comments(SourceConfig)["path"].partition(",")[0]
+    assert local.split()[1:] == list(SUFFIXES)
 
 
 BAD_JSON = [

@@ -1,7 +1,10 @@
 """The real tokenizers: ids against transformers' on random unicode, real text and chats; decoding, streaming."""
 
 import functools
+import itertools
+import json
 import random
+from collections.abc import Iterator
 
 import pytest
 from chat_setups import ASK, say
@@ -12,6 +15,14 @@ from torchft.data.chat_template import ChatTemplate, RowError
 from torchft.data.tokenize import tokenize_chat
 from torchft.data.tokenizer import StreamDecoder, load_tokenizer
 from torchft.errors import UserError
+
+ROWS = {  # files of rows, and how many whole ones each has (the last line of GSM8K's is cut short)
+    "sft/alpaca_en_demo.json": 999,
+    "sft/glaive_toolcall_en_demo.json": 300,
+    "sft/gsm8k_train.jsonl": 7472,
+    "preference/dpo_en_demo.json": 300,
+    "preference/kto_en_demo.json": 300,
+}
 
 
 def random_text(rng: random.Random) -> str:
@@ -32,6 +43,29 @@ def random_text(rng: random.Random) -> str:
 def load(shared_data):
     """load(name): a tokenizer under ../shared/data, read once."""
     return functools.cache(lambda name: load_tokenizer(shared_data / "tokenizers" / name))
+
+
+def strings(value) -> Iterator[str]:
+    """Every text in what JSON holds, but empty ones and keys."""
+    if isinstance(value, str):
+        yield from [value] if value else []
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
+@pytest.fixture(scope="session")
+def real_texts(shared_data) -> list[str]:
+    """The strings of every file of rows, each once, up to 80,000 characters a file, those beyond ASCII first."""
+    taken = []
+    for name, num_rows in ROWS.items():
+        text = (shared_data / name).read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()[:num_rows]] if name.endswith("l") else json.loads(text)
+        assert len(rows) == num_rows
+        found = sorted(dict.fromkeys(strings(rows)), key=str.isascii)
+        lengths = itertools.accumulate(len(each) for each in found)
+        taken += [each for each, length in zip(found, lengths, strict=True) if length <= 80_000]
+    return taken
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +120,26 @@ def test_llama3_on_real_text(load, llama3_reference, shared_data):
         ids, _ = llama3.encode(text)
         assert ids == llama3_tiktoken.encode(text)[0] == llama3_reference.encode(text, add_special_tokens=False)
         assert llama3.decode(ids) == llama3_tiktoken.decode(ids) == text
+
+
+def test_llama3_on_the_texts_of_real_rows(load, llama3_reference, real_texts):
+    for text in real_texts:
+        check_llama3(text, load("llama3_hf"), load("llama3"), llama3_reference)
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral_v3"])
+def test_sentencepiece_on_the_texts_of_real_rows(name, load, real_texts):
+    """Some spell an end token out, which is text: transformers says so only when asked."""
+    ours = load(name)
+    reference = llama_reference(ours)
+    spelled = [text for text in real_texts if "</s>" in text]
+    assert len(spelled) >= 1
+    for text in real_texts:
+        if text not in spelled:
+            check_sentencepiece(text, ours, reference)
+    for text in spelled:
+        plain = reference.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ours.encode(text)[0] == plain != reference.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral_v3"])

@@ -8,7 +8,25 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_models import gemma2, gemma3, glm4, gpt_oss, granite, long_rope, ministral, mixtral, olmo2, phi3, qwen3_moe, smollm3
+from small_models import (
+    LLAMA3_ROPE,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt_oss,
+    granite,
+    llama,
+    long_rope,
+    ministral,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from tiny_models import load_base, load_with_adapter, make_adapter, on_meta, sample_ids, train_a_little
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -37,11 +55,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4": glm4(**SIZES, head_dim=32),
     "gpt-oss": gpt_oss(**SIZES | {"intermediate_size": 128}, head_dim=32, num_local_experts=3, sliding_window=6),
     "granite": granite(**SIZES, tie_word_embeddings=True),
+    "llama": llama(**SIZES),
+    "llama-3.2": llama(**SIZES, rope_scaling=LLAMA3_ROPE, tie_word_embeddings=True),
     "ministral": ministral(**SIZES, head_dim=32),
+    "mistral": mistral(**SIZES, head_dim=48, sliding_window=6),
     "mixtral": mixtral(**SIZES, num_local_experts=3),
     "olmo2": olmo2(**SIZES),
     "phi3": phi3(**SIZES),
     "phi3-long": phi3(**SIZES, partial_rotary_factor=0.5, tie_word_embeddings=True, **long_rope(8, 10)),
+    "qwen2": qwen2(**SIZES),
+    "qwen2-tied": qwen2(**SIZES, tie_word_embeddings=True),
+    "qwen3": qwen3(**SIZES, head_dim=32),
+    "qwen3-tied": qwen3(**SIZES, head_dim=32, tie_word_embeddings=True),
     "qwen3-moe": qwen3_moe(**SIZES, head_dim=32, moe_intermediate_size=64, num_experts=6),
     "smollm3": smollm3(**SIZES),
 }
