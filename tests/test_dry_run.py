@@ -294,6 +294,35 @@ def test_which_recipe_a_config_is_for(workplace, capsys):
     assert dry_run.recipe_of("copied.yaml", []) == "full_finetune_distributed"
 
 
+@pytest.mark.parametrize("command", ["validate", "data", "check"])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("- a\n", "any.yaml:1: a config is a mapping of groups: model:, data:, ..."),
+        ("a\n", "any.yaml:1: a config is a mapping of groups: model:, data:, ..."),
+        ("", "model.path is empty; name a Hugging Face model directory"),
+        ("lr: 1e-3\n", "any.yaml:1: lr is not an option; did you mean optim.lr?"),
+        ("modle: {path: model}\n", "any.yaml:1: modle.path is not an option; did you mean model.path?"),
+        ("model: {path: a, path: b}\n", "any.yaml:1: model.path is given twice, first at any.yaml:1"),
+        ("model: {_component_: a.b}\n", "any.yaml:1: model._component_ is refused"),
+        ("model: {dtype: half}\n", "any.yaml:1: model.dtype is 'half'; the choices are"),
+    ],
+)
+def test_a_config_without_a_recipe_has_its_mistakes_told_first(text, words, command, workplace, capsys):
+    Path("any.yaml").write_text(text)
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "any.yaml"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and words in error and "does not tell" not in error
+
+
+def test_what_one_recipe_alone_takes_is_no_mistake_of_a_config_without_one(workplace, capsys):
+    Path("any.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl}\noptim: {name: adamw_bf16}\n")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["validate", "any.yaml"])
+    assert left.value.code == 1 and "any.yaml does not tell which recipe it is for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.py")))
 def test_the_options_of_a_dry_run_are_the_recipes(recipe):
     theirs = importlib.import_module(f"torchft.recipes.{recipe}").Config()

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yaml.nodes import MappingNode
+
 from torchft.checks import counted
 from torchft.config import (
     DataConfig,
@@ -91,6 +93,14 @@ class RewardRun(Options):
     reward: RewardOptions = field(default_factory=RewardOptions)
 
 
+@dataclass
+class AnyRun(RewardRun):
+    """All groups that there are: what is none of them is a mistake whatever the recipe."""
+
+    dpo: PreferenceOptions = field(default_factory=PreferenceOptions)
+    kto: KtoOptions = field(default_factory=KtoOptions)
+
+
 # Recipe: its options, and what it reads, one of torchft.data.layout.KINDS ("": what the data hold). All others are LoRA's.
 RUNS = {
     "full_finetune_distributed": (FullRun, ""),
@@ -104,17 +114,18 @@ def recipe_of(config: str, overrides: list[str]) -> str:
     """The recipe of a config, in this order: by a group of options that only one recipe has, in the file or on the command line;
     by the command in the file's header, which copies keep; by the end of its name; by its group `lora`.
 
-    Raises UserError where nothing tells.
+    Raises UserError where nothing tells, or ConfigError if the config has mistakes that no recipe would take.
     """
     file = find_config(config)
     node = compose_file(file)
-    groups = [key.value for key, _ in node.value] if node is not None and isinstance(node.value, list) else []
+    groups = [key.value for key, _ in node.value] if isinstance(node, MappingNode) else []
     given = {*groups, *(text.partition(".")[0] for text in overrides)}
     commands = re.findall(r"^# +tune run [^#\n]*?(\w+) --config", file.read_text(encoding="utf-8"), re.MULTILINE)
     told = [f"{group}_distributed" for group in ("dpo", "kto", "reward") if group in given]
     told += [command for command in commands if command in recipe_names()]
     told += [recipe for recipe in (recipe_for(config), "lora_single_device" if "lora" in given else "") if recipe]
     if not told:
+        read_config(AnyRun, config, overrides, paths=False, pairs=False)
         raise UserError(f"{config} does not tell which recipe it is for: add --recipe lora_single_device, or another (tune ls)")
     return told[0]
 

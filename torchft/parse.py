@@ -49,12 +49,17 @@ def parse(config_class: type[C], argv: list[str] | None = None) -> C:
 
 
 def read_config(
-    config_class: type[C], config: str | None, overrides: list[str], paths: bool = True, training: bool = True
+    config_class: type[C],
+    config: str | None,
+    overrides: list[str],
+    paths: bool = True,
+    training: bool = True,
+    pairs: bool = True,
 ) -> C:
     """`parse` from a config's name or file (None: only defaults) and overrides.
 
     `paths=False` leaves out whether the files exist that the options name, `training=False` whether the options of `run`
-    go with the others. Raises ConfigError listing every problem.
+    go with the others, `pairs=False` whether any do. Raises ConfigError listing every problem.
     """
     reader = _Reader(config_class)
     if config is not None:
@@ -70,7 +75,8 @@ def read_config(
     reader.check(check_options, {key: value for key, value in values.items() if key not in reader.values})
     if not training:
         values = {key: value for key, value in values.items() if not key.startswith("run.")}
-    reader.check(check_pairs, values)
+    if pairs:
+        reader.check(check_pairs, values)
     if paths:
         reader.check(check_paths, values)
     reader.raise_problems()
