@@ -323,6 +323,16 @@ def test_what_one_recipe_alone_takes_is_no_mistake_of_a_config_without_one(workp
     assert left.value.code == 1 and "any.yaml does not tell which recipe it is for" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["validate", "data"])
+@pytest.mark.parametrize("config", ["tiny/lora", "tiny/full", "c.yaml"])
+def test_pairs_are_refused_where_the_recipe_refuses_them(config, command, workplace, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, config, "data.train=builtin:tiny_dpo/train.jsonl", "data.valid=builtin:tiny_dpo/valid.jsonl"])
+    assert left.value.code == 1
+    words = "data.train[0]: builtin:tiny_dpo/train.jsonl is preference data (it has chosen, rejected), which is not trained on here but in dpo"
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.py")))
 def test_the_options_of_a_dry_run_are_the_recipes(recipe):
     theirs = importlib.import_module(f"torchft.recipes.{recipe}").Config()

@@ -24,7 +24,6 @@ from torchft.config import (
     PreferenceOptions,
     RewardOptions,
     RunConfig,
-    SourceConfig,
     resolve_path,
 )
 from torchft.errors import UserError
@@ -101,9 +100,9 @@ class AnyRun(RewardRun):
     kto: KtoOptions = field(default_factory=KtoOptions)
 
 
-# Recipe: its options, and what it reads, one of torchft.data.layout.KINDS ("": what the data hold). All others are LoRA's.
+# Recipe: its options, and what it reads, one of torchft.data.layout.KINDS. All others are LoRA's, with "sft".
 RUNS = {
-    "full_finetune_distributed": (FullRun, ""),
+    "full_finetune_distributed": (FullRun, "sft"),
     "dpo_distributed": (PreferenceRun, "pairs"),
     "kto_distributed": (KtoRun, "verdicts"),
     "reward_distributed": (RewardRun, "pairs"),
@@ -136,7 +135,7 @@ def options_for(config: str, overrides: list[str], recipe: str) -> tuple[str, ty
     `recipe`: a shipped one, or torchtune's name for it; "": see recipe_of.
     """
     recipe = find_recipe(recipe).stem if recipe else recipe_of(config, overrides)
-    return recipe, *RUNS.get(recipe, (Options, ""))
+    return recipe, *RUNS.get(recipe, (Options, "sft"))
 
 
 def validate(config: str, overrides: list[str], recipe: str = "") -> None:
@@ -180,18 +179,9 @@ def load_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Loader", "Dat
     adapter = cfg.lora.adapter if isinstance(cfg, Options) else ""
     tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
-    kind = kind or sources_kind(cfg.data.train)
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
     loader = Loader(train, cfg.data, cfg.run)
     return tokenizer, loader, valid
-
-
-def sources_kind(sources: list[SourceConfig]) -> str:
-    """What the first source of the training data holds, one of torchft.data.layout.KINDS."""
-    from torchft.data.layout import detect_kind
-    from torchft.data.sources import read_source
-
-    return detect_kind(read_source(sources[0], "data.train[0]"), sources[0]) if sources else "sft"
 
 
 def check_machine(cfg: WholeOptions) -> None:
