@@ -285,6 +285,8 @@ def test_which_recipe_a_config_is_for(workplace, capsys):
         assert dry_run.recipe_of(name, []) == recipe
     Path("mine.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl}\n")
     assert dry_run.recipe_of("mine.yaml", ["kto.beta=0.3"]) == "kto_distributed"
+    assert dry_run.recipe_of("c.yaml", ["kto.beta=0.3"]) == "kto_distributed"  # its group lora speaks for no recipe against it
+    assert dry_run.recipe_of("tiny/lora", ["kto.beta=0.3"]) == "lora_single_device"
     for command in ("validate", "data"):
         with pytest.raises(SystemExit):
             cli.main([command, "mine.yaml"])
@@ -331,6 +333,22 @@ def test_pairs_are_refused_where_the_recipe_refuses_them(config, command, workpl
     assert left.value.code == 1
     words = "data.train[0]: builtin:tiny_dpo/train.jsonl is preference data (it has chosen, rejected), which is not trained on here but in dpo"
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config, options, recipe, words",
+    [
+        ("tiny/lora", ["dpo.beta=0.1"], "", "command line: dpo.beta is not an option here, the group dpo belongs to dpo_distributed alone"),
+        ("tiny/dpo", [], "lora_single_device", "dpo.yaml:13: dpo.beta is not an option here, the group dpo belongs to dpo_distributed"),
+        ("tiny/kto", [], "dpo_distributed", "kto.beta is not an option here, the group kto belongs to kto_distributed alone"),
+        ("tiny/lora", ["reward.center_weight=0.1"], "", "the group reward belongs to reward_distributed alone"),
+        ("tiny/full", ["lora.rank=4"], "", "lora.rank is not an option here, the group lora belongs to recipes that train adapters"),
+    ],
+)
+def test_a_group_of_another_recipe_is_named_with_it(config, options, recipe, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["validate", config, *options, *(["--recipe", recipe] if recipe else [])])
+    assert left.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.py")))

@@ -27,7 +27,7 @@ from torchft.config import (
     resolve_path,
 )
 from torchft.errors import UserError
-from torchft.names import find_config, find_recipe, recipe_for, recipe_names
+from torchft.names import OWN_GROUPS, find_config, find_recipe, recipe_for, recipe_names
 from torchft.parse import read_config
 from torchft.strict_yaml import compose_file
 
@@ -110,19 +110,21 @@ RUNS = {
 
 
 def recipe_of(config: str, overrides: list[str]) -> str:
-    """The recipe of a config, in this order: by a group of options that only one recipe has, in the file or on the command line;
-    by the command in the file's header, which copies keep; by the end of its name; by its group `lora`.
+    """The recipe of a config, in this order: by a group of options that only one recipe has; by the command in the file's header,
+    which copies keep; by the end of its name; where the file does not tell, by such a group on the command line; by a group `lora`.
 
     Raises UserError where nothing tells, or ConfigError if the config has mistakes that no recipe would take.
     """
     file = find_config(config)
     node = compose_file(file)
     groups = [key.value for key, _ in node.value] if isinstance(node, MappingNode) else []
-    given = {*groups, *(text.partition(".")[0] for text in overrides)}
+    overridden = [text.partition(".")[0] for text in overrides]
     commands = re.findall(r"^# +tune run [^#\n]*?(\w+) --config", file.read_text(encoding="utf-8"), re.MULTILINE)
-    told = [f"{group}_distributed" for group in ("dpo", "kto", "reward") if group in given]
+    told = [f"{group}_distributed" for group in groups if group in OWN_GROUPS]
     told += [command for command in commands if command in recipe_names()]
-    told += [recipe for recipe in (recipe_for(config), "lora_single_device" if "lora" in given else "") if recipe]
+    told += [recipe for recipe in [recipe_for(config)] if recipe]
+    told += [f"{group}_distributed" for group in overridden if group in OWN_GROUPS]
+    told += ["lora_single_device" for group in [*groups, *overridden] if group == "lora"]
     if not told:
         read_config(AnyRun, config, overrides, paths=False, pairs=False)
         raise UserError(f"{config} does not tell which recipe it is for: add --recipe lora_single_device, or another (tune ls)")

@@ -7,6 +7,7 @@ names are here too, each with what to write instead, so that notes and articles 
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from torchft.checks import nearest
@@ -33,6 +34,8 @@ RECIPE_ALIASES = {
     "lora_dpo_distributed": "dpo_distributed",
 }
 FULL_DPO = "full_dpo_distributed"  # torchtune's too, but no alias: with a config for LoRA it would train an adapter
+
+OWN_GROUPS = ("dpo", "kto", "reward")  # each of the options of one recipe alone, which is called after it: dpo_distributed
 
 MOVED_KEYS = {  # what our own options were called before -> now, and what is said of it
     "lora.new_tokens": ("data.new_tokens", "is called data.new_tokens now, for all recipes"),
@@ -204,6 +207,15 @@ def old_key_advice(key: str) -> str:
         advice = advice or "to use code of your own, edit a copy of the recipe (tune cp)"
         return f"is refused, nothing in a config is imported or executed; {advice}"
     return f"is torchtune's; {advice}" if advice else ""
+
+
+def group_advice(key: str, groups: Iterable[str]) -> str:
+    """To which recipe the group of an option belongs that is not among `groups`, those of the one that runs; "" for any other key."""
+    group = key.partition(".")[0]
+    if group in groups or group not in ("lora", *OWN_GROUPS):
+        return ""
+    owner = "recipes that train adapters, such as lora_single_device" if group == "lora" else f"{group}_distributed alone"
+    return f"is not an option here, the group {group} belongs to {owner}: run that, or remove it"
 
 
 def nearest_option(key: str, options: list[str]) -> str:
