@@ -43,9 +43,7 @@ MOVED_KEYS = {  # what our own options were called before -> now, and what is sa
 }
 
 _ADAPTER_MODULES = "lora.target_modules, a list of leaf names such as q_proj, down_proj, or all-linear"
-_BATCH = (
-    "run.micro_batch_size (rows per forward) and run.global_batch_size (rows per optimizer step over all processes)"
-)
+_BATCH = "run.micro_batch_size (rows per forward) and run.global_batch_size (rows per optimizer step over all processes)"
 OLD_KEYS = {  # torchtune's option -> ours, or why it is not needed
     "model._component_": "remove it: the config.json in model.path decides the architecture",
     "model.lora_attn_modules": _ADAPTER_MODULES,
@@ -112,6 +110,45 @@ OLD_KEYS = {  # torchtune's option -> ours, or why it is not needed
     "keep_last_n_checkpoints": "run.keep_last",
 }
 
+# Ours -> what Hugging Face's Trainer, Axolotl and LLaMA-Factory call it, where the nearest spelling would be something else.
+FOREIGN_NAMES = {
+    "model.path": "base_model base_model_config model_name model_name_or_path model_id",
+    "model.dtype": "bf16 fp16 fp32 tf32 torch_dtype pure_bf16",
+    "model.quantize=nf4": "load_in_4bit quantization_bit quantization_method bnb_4bit_quant_type",
+    "model.activation_checkpointing=full": "gradient_checkpointing",
+    "model.shard": "fsdp deepspeed",
+    "lora.rank": "lora_r peft_lora_r r",
+    "lora.target_modules": "lora_target lora_target_modules lora_target_linear",
+    "lora.adapter": "lora_model_dir adapter_name_or_path adapter_path",
+    "lora.dora": "use_dora peft_use_dora",
+    "lora.rslora": "use_rslora peft_use_rslora",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "data.train": "datasets dataset_dir dataset_name dataset_path train_file train_dataset train_data data_path",
+    "data.valid": "eval_dataset test_datasets validation_file valid_file",
+    "data.valid_fraction": "val_set_size val_size test_size",
+    "data.max_seq_len": "cutoff_len sequence_len max_length max_seq_length model_max_length block_size",
+    "data.packing": "sample_packing neat_packing packed",
+    "data.chat_template": "template prompt_template",
+    "optim.lr": "learning_rate",
+    "optim.schedule": "lr_scheduler_type lr_scheduler scheduler",
+    "optim.warmup_steps": "warmup_ratio num_warmup_steps warmup",
+    "optim.betas": "adam_beta1 adam_beta2",
+    "optim.eps": "adam_epsilon",
+    "optim.max_grad_norm": "gradient_clipping grad_clip clip_grad",
+    "run.out": "output_dir save_dir logging_dir",
+    "run.epochs": "num_train_epochs num_epochs n_epochs",
+    "run.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size eval_batch_size train_batch_size",
+    "run.global_batch_size": "gradient_accumulation_steps accumulate_grad_batches",
+    "run.log_every": "logging_steps",
+    "run.save_every": "save_steps saves_per_epoch save_strategy",
+    "run.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
+    "run.keep_last": "save_total_limit",
+    "run.keep_best": "load_best_model_at_end",
+    "run.resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "run.trackers": "report_to use_wandb wandb_project use_tensorboard",
+}
+
 
 def recipe_names() -> list[str]:
     """Shipped recipes, sorted: `lora_single_device`, ..."""
@@ -156,9 +193,7 @@ def find_recipe(name: str) -> Path:
     if name == FULL_DPO:
         what = "dpo_distributed with lora.rank=0, as the configs have it that end in _full_dpo"
         raise UserError(f"{name} is torchtune's name for {what}: tune run dpo_distributed --config llama3_1/8B_full_dpo")
-    raise UserError(
-        f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {_nearest(name, shipped)}"
-    )
+    raise UserError(f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {_nearest(name, shipped)}")
 
 
 def find_config(name: str) -> Path:
@@ -226,6 +261,12 @@ def nearest_option(key: str, options: list[str]) -> str:
     close = difflib.get_close_matches(key[:60], options, 1, cutoff=0.75)
     close_leaf = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, cutoff=0.7)]
     return (same_leaf + close + close_leaf + [nearest(key, options)])[0]
+
+
+def foreign_option(key: str, options: list[str]) -> str:
+    """The option that other trainers call as the last part of `key`, as FOREIGN_NAMES has it; "" where none does."""
+    leaf = key.rpartition(".")[2]
+    return next((ours for ours, names in FOREIGN_NAMES.items() if leaf in names.split() and ours.partition("=")[0] in options), "")
 
 
 def nearest_group(key: str, groups: list[str], options: list[str]) -> str:
