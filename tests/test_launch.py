@@ -16,6 +16,7 @@ from torchft.config import ModelConfig
 from torchft.distributed import require_single_process
 from torchft.errors import ConfigError, UserError
 from torchft.models.llama import config_from_hf
+from torchft.names import RECIPES
 
 RECIPE = '''
 """A throw-away recipe: on rank `fail_on` a shape is wrong, the other ranks wait for it in a collective."""
@@ -304,6 +305,22 @@ def test_options_in_the_wrong_place_and_missing_recipes():
             launch.run(argv)
     with pytest.raises(UserError, match="argument --nproc-per-node/--nproc_per_node: expected one argument; tune run "):
         launch.run(["--nproc_per_node"])
+
+
+@pytest.mark.parametrize("config", ["tiny/lora", "mine.yaml"])
+def test_a_config_without_its_option_is_told_before_the_recipe_starts(config, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail("it starts"))
+    for arguments in ([config], ["seed=1", config], ["--config", "tiny/qlora", config]):
+        with pytest.raises(ConfigError, match=f"^'{config}' is not understood; write --config {config}$"):
+            launch.run(["lora_single_device", *arguments])
+        with pytest.raises(ConfigError, match=f"write --config {config}$"):
+            launch.parse_torchrun_options(["--nproc_per_node=2", "lora_distributed", *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--config", "tiny/lora"], ["--config=mine.yaml", "run.out=a.yaml"], ["tiny/lora", "-h"]])
+def test_a_config_behind_its_option_is_left_to_the_recipe(arguments):
+    launch.check_config(RECIPES / "lora_single_device.py", arguments)
+    launch.check_config(Path("mine.py"), ["c.yaml"])  # a recipe of somebody's own may take it
 
 
 def test_torchrun_options_are_torchruns(recipe):

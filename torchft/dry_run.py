@@ -110,8 +110,8 @@ RUNS = {
 
 
 def recipe_of(config: str, overrides: list[str]) -> str:
-    """The recipe of a config, in this order: by a group of options that only one recipe has; by the command in the file's header,
-    which copies keep; by the end of its name; where the file does not tell, by such a group on the command line; by a group `lora`.
+    """The recipe of a config, in this order: by a group of options that only one recipe has; by the command in the file's
+    header, which copies keep; by the end of its name; by such a group on the command line; by a group `lora`.
 
     Raises UserError where nothing tells, or ConfigError if the config has mistakes that no recipe would take.
     """

@@ -193,7 +193,8 @@ def find_recipe(name: str) -> Path:
     if name == FULL_DPO:
         what = "dpo_distributed with lora.rank=0, as the configs have it that end in _full_dpo"
         raise UserError(f"{name} is torchtune's name for {what}: tune run dpo_distributed --config llama3_1/8B_full_dpo")
-    raise UserError(f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {_nearest(name, shipped)}")
+    hint = _nearest(name, shipped)
+    raise UserError(f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {hint}")
 
 
 def find_config(name: str) -> Path:
@@ -245,7 +246,7 @@ def old_key_advice(key: str) -> str:
 
 
 def group_advice(key: str, groups: Iterable[str]) -> str:
-    """To which recipe the group of an option belongs that is not among `groups`, those of the one that runs; "" for any other key."""
+    """Whose the group of an option is that is not among `groups`, those of the recipe that runs; "" for any other key."""
     group = key.partition(".")[0]
     if group in groups or group not in ("lora", *OWN_GROUPS):
         return ""
@@ -266,7 +267,8 @@ def nearest_option(key: str, options: list[str]) -> str:
 def foreign_option(key: str, options: list[str]) -> str:
     """The option that other trainers call as the last part of `key`, as FOREIGN_NAMES has it; "" where none does."""
     leaf = key.rpartition(".")[2]
-    return next((ours for ours, names in FOREIGN_NAMES.items() if leaf in names.split() and ours.partition("=")[0] in options), "")
+    known = {ours: names.split() for ours, names in FOREIGN_NAMES.items() if ours.partition("=")[0] in options}
+    return next((ours for ours, names in known.items() if leaf in names), "")
 
 
 def nearest_group(key: str, groups: list[str], options: list[str]) -> str:
