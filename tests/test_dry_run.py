@@ -145,6 +145,8 @@ def test_nf4_bytes_per_weight_are_those_of_real_tensors(workplace):
     [
         (["model.path=nowhere"], "command line: model.path is 'nowhere', which does not exist"),
         (["data.train=nowhere.jsonl"], "data.train[0].path is 'nowhere.jsonl', which does not exist"),
+        (["model.path=train.jsonl"], "model.path is 'train.jsonl', which is a file and no model directory; name the one that holds config.json"),
+        (["lora.adapter=c.yaml"], "lora.adapter is 'c.yaml', which is a file and no adapter directory"),
         (["lora.target_modules=[q_prog]"], "q_proj"),
         (["lora.modules_to_save=[lm_head]"], "lm_head"),
         (["run.global_batch_size=0"], "run.global_batch_size is 0; accepted are 1 to"),
