@@ -4,7 +4,6 @@
 `data` prints the report of the data and a few coloured examples. Both take any config of the shipped recipes.
 """
 
-import re
 import shutil
 import sys
 import textwrap
@@ -27,7 +26,7 @@ from torchft.config import (
     resolve_path,
 )
 from torchft.errors import UserError
-from torchft.names import OWN_GROUPS, find_config, find_recipe, recipe_for, recipe_names
+from torchft.names import OWN_GROUPS, find_config, find_recipe, header_recipes, recipe_for
 from torchft.parse import read_config
 from torchft.strict_yaml import compose_file
 
@@ -119,9 +118,8 @@ def recipe_of(config: str, overrides: list[str]) -> str:
     node = compose_file(file)
     groups = [key.value for key, _ in node.value] if isinstance(node, MappingNode) else []
     overridden = [text.partition(".")[0] for text in overrides]
-    commands = re.findall(r"^# +tune run [^#\n]*?(\w+) --config", file.read_text(encoding="utf-8"), re.MULTILINE)
     told = [f"{group}_distributed" for group in groups if group in OWN_GROUPS]
-    told += [command for command in commands if command in recipe_names()]
+    told += header_recipes(file)
     told += [recipe for recipe in [recipe_for(config)] if recipe]
     told += [f"{group}_distributed" for group in overridden if group in OWN_GROUPS]
     told += ["lora_single_device" for group in [*groups, *overridden] if group == "lora"]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 from torchft.checks import show
 from torchft.crash import GAVE_UP
 from torchft.errors import ConfigError, UserError
-from torchft.names import RECIPES, config_names, find_recipe
+from torchft.names import RECIPES, config_names, find_config, find_recipe, header_recipes
 
 TORCHRUN_OPTIONS = ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
 USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
@@ -82,13 +82,25 @@ def check_order(arguments: list[str]) -> None:
 
 
 def check_config(recipe: Path, arguments: list[str]) -> None:
-    """Refuses a config that stands alone in a shipped recipe's arguments, as the recipe would, but before torch is imported."""
+    """What a shipped recipe's arguments say of its config, before torch is imported: one without `--config` is refused, as the
+    recipe would; of one whose header runs another recipe a line warns. Raises ConfigError.
+    """
     if recipe.parent != RECIPES or {"--help", "-h"} & set(arguments):
         return
     for before, argument in zip(["", *arguments], arguments, strict=False):
         is_file = argument.endswith((".yaml", ".yml")) and "=" not in argument
         if before != "--config" and (is_file or argument in config_names()):
             raise ConfigError(f"{show(argument)} is not understood; write --config {argument}")
+        config = argument if before == "--config" else argument.removeprefix("--config=")
+        if before == "--config" or config != argument:
+            _warn_of_other_recipe(recipe.stem, config)
+
+
+def _warn_of_other_recipe(recipe: str, config: str) -> None:
+    named = header_recipes(find_config(config))
+    if named and recipe.split("_")[0] not in [other.split("_")[0] for other in named]:  # lora_distributed is a twin
+        line = f"WARNING: {config} is for {named[0]}, as its header says; {recipe} runs with its settings"
+        print(line, file=sys.stderr, flush=True)
 
 
 def run_workers(argv: list[str]) -> int:

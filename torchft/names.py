@@ -18,13 +18,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 NOT_YAML = (".py", ".jsonl", ".csv", ".parquet", ".txt")  # what is given in place of a config by mistake
 
 # A config's method is the last part of its name: llama3_1/8B_qlora is for every recipe that starts with lora_.
-METHODS = {
-    "lora": ("lora", "qlora", "lora_fp8"),
-    "full": ("full",),
-    "dpo": ("dpo",),
-    "kto": ("kto",),
-    "reward": ("reward",),
-}
+METHODS = {"lora": ("lora", "qlora", "lora_fp8"), "full": ("full",), "dpo": ("dpo",), "kto": ("kto",), "reward": ("reward",)}
 
 RECIPE_ALIASES = {
     "lora_finetune_single_device": "lora_single_device",
@@ -176,6 +170,17 @@ def recipe_for(config: str) -> str:
     return next(iter(recipes), "")
 
 
+def header_recipes(config: Path) -> list[str]:
+    """The shipped recipes that the commands in a config's comments run; [] of a file that cannot be read."""
+    try:
+        text = config.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # whoever reads its options says so
+        return []
+    commands = re.findall(r"^# +tune run [^#\n]*?(\w+) --config", text, re.MULTILINE)
+    recipes = [RECIPE_ALIASES.get(command, command) for command in commands]
+    return [recipe for recipe in recipes if recipe in recipe_names()]
+
+
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by name, torchtune's name, or path. Raises UserError naming what exists, or what to type."""
     shipped = recipe_names()
@@ -216,9 +221,7 @@ def find_config(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) and bare not in shipped:
         raise ConfigError(f"there is no config file {name} (looked in {Path.cwd()})")
     hint = f"did you mean the shipped config {bare}?" if bare in shipped else _nearest(bare, shipped)
-    raise ConfigError(
-        f"there is no config {name!r}, neither a file (looked in {Path.cwd()}) nor a shipped name; {hint}"
-    )
+    raise ConfigError(f"there is no config {name!r}, neither a file (looked in {Path.cwd()}) nor a shipped name; {hint}")
 
 
 def find_recipe_or_config(name: str) -> Path:
@@ -287,11 +290,8 @@ def _without_torchtune_suffix(name: str) -> str:
 
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name[:60], known, 1, cutoff=0.6)
-    return (
-        f"did you mean {close[0]}?"
-        if close
-        else f"there are {', '.join(known[:8])}" + (", ... (tune ls)" if len(known) > 8 else "")
-    )
+    more = ", ... (tune ls)" if len(known) > 8 else ""
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known[:8])}{more}"
 
 
 def _by_size(name: str) -> tuple[str, float, str]:
