@@ -118,15 +118,16 @@ def recipe_of(config: str, overrides: list[str]) -> str:
     node = compose_file(file)
     groups = [key.value for key, _ in node.value] if isinstance(node, MappingNode) else []
     overridden = [text.partition(".")[0] for text in overrides]
-    told = [f"{group}_distributed" for group in groups if group in OWN_GROUPS]
-    told += header_recipes(file)
-    told += [recipe for recipe in [recipe_for(config)] if recipe]
-    told += [f"{group}_distributed" for group in overridden if group in OWN_GROUPS]
-    told += ["lora_single_device" for group in [*groups, *overridden] if group == "lora"]
+    told = [*_owners(groups), *header_recipes(file), recipe_for(config), *_owners(overridden)]
+    told = [recipe for recipe in told if recipe] + ["lora_single_device"] * ("lora" in [*groups, *overridden])
     if not told:
         read_config(AnyRun, config, overrides, paths=False, pairs=False)
         raise UserError(f"{config} does not tell which recipe it is for: add --recipe lora_single_device, or another (tune ls)")
     return told[0]
+
+
+def _owners(groups: list[str]) -> list[str]:
+    return [f"{group}_distributed" for group in groups if group in OWN_GROUPS]
 
 
 def options_for(config: str, overrides: list[str], recipe: str) -> tuple[str, type[WholeOptions], str]:

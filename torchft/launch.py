@@ -88,12 +88,11 @@ def check_config(recipe: Path, arguments: list[str]) -> None:
     if recipe.parent != RECIPES or {"--help", "-h"} & set(arguments):
         return
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_file = argument.endswith((".yaml", ".yml")) and "=" not in argument
-        if before != "--config" and (is_file or argument in config_names()):
-            raise ConfigError(f"{show(argument)} is not understood; write --config {argument}")
         config = argument if before == "--config" else argument.removeprefix("--config=")
         if before == "--config" or config != argument:
             _warn_of_other_recipe(recipe.stem, config)
+        elif argument in config_names() or (argument.endswith((".yaml", ".yml")) and "=" not in argument):
+            raise ConfigError(f"{show(argument)} is not understood; write --config {argument}")
 
 
 def _warn_of_other_recipe(recipe: str, config: str) -> None:

@@ -1,7 +1,7 @@
 """Find recipes and configs: by shipped name, by path, or by the name that torchtune had for them.
 
 Both are found by listing folders, torchft/recipes and torchft/configs; there is no list to keep. torchtune's option
-names are here too, each with what to write instead, so that notes and articles keep working; our own earlier ones, too.
+names are here, each with what to write instead, so that notes and articles keep working; our earlier and other trainers' too.
 """
 
 import difflib
@@ -139,7 +139,6 @@ FOREIGN_NAMES = {
     "run.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
     "run.keep_last": "save_total_limit",
     "run.keep_best": "load_best_model_at_end",
-    "run.resume": "resume_from_checkpoint auto_resume_from_checkpoints",
     "run.trackers": "report_to use_wandb wandb_project use_tensorboard",
 }
 
@@ -258,25 +257,26 @@ def group_advice(key: str, groups: Iterable[str]) -> str:
 
 
 def nearest_option(key: str, options: list[str]) -> str:
-    """The option that a mistyped key most likely means: the same last part first, then the most similar spelling."""
+    """The option that a key most likely means: as other trainers call it, by its last part, by the most similar spelling."""
     leaf = key.rpartition(".")[2][:40]
     same_leaf = [option for option in options if option.rpartition(".")[2] == leaf]
     by_leaf = {option.rpartition(".")[2]: option for option in options}
     close = difflib.get_close_matches(key[:60], options, 1, cutoff=0.75)
     close_leaf = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, cutoff=0.7)]
-    return (same_leaf + close + close_leaf + [nearest(key, options)])[0]
+    found = [foreign_option(key, options), *same_leaf, *close, *close_leaf, nearest(key, options)]
+    return next(filter(None, found))
 
 
 def foreign_option(key: str, options: list[str]) -> str:
     """The option that other trainers call as the last part of `key`, as FOREIGN_NAMES has it; "" where none does."""
     leaf = key.rpartition(".")[2]
-    known = {ours: names.split() for ours, names in FOREIGN_NAMES.items() if ours.partition("=")[0] in options}
-    return next((ours for ours, names in known.items() if leaf in names), "")
+    known = [ours for ours, names in FOREIGN_NAMES.items() if leaf in names.split()]
+    return next((ours for ours in known if ours.partition("=")[0] in options), "")
 
 
 def nearest_group(key: str, groups: list[str], options: list[str]) -> str:
-    """The group that a mistyped key without a dot most likely means; "" where none is near or an option has the name."""
-    if "." in key or any(option.rpartition(".")[2] == key for option in options):
+    """The group that a mistyped key without a dot most likely means; "" where none is near or an option is called so."""
+    if "." in key or foreign_option(key, options) or any(option.rpartition(".")[2] == key for option in options):
         return ""
     return next(iter(difflib.get_close_matches(key[:60], groups, 1, cutoff=0.75)), "")
 

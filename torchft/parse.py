@@ -24,7 +24,7 @@ from torchft.checks import Problems, check_options, check_pairs, check_paths, co
 from torchft.config import SourceConfig
 from torchft.crash import install_excepthook
 from torchft.errors import ConfigError
-from torchft.names import config_names, find_config, foreign_option, group_advice, nearest_group, nearest_option, old_key_advice
+from torchft.names import config_names, find_config, group_advice, nearest_group, nearest_option, old_key_advice
 from torchft.options import group_names, help_text, list_options
 from torchft.strict_yaml import COMMAND_LINE, NULL, STR, compose_file, compose_text, where
 from torchft.typed import Problem, read_pairs, read_value
@@ -230,12 +230,8 @@ class _Reader:
         for name in self.hints:
             if key.startswith((f"{name}.", f"{name}[")):
                 return f"is not an option; {name} is given whole"
-        if advice := old_key_advice(key):
+        if advice := old_key_advice(key) or group_advice(key, self.groups):
             return advice
-        if advice := group_advice(key, self.groups):
-            return advice
-        if option := foreign_option(key, list(self.hints)):
-            return f"is not an option; did you mean {option}?"
         if len(self.problems) >= MAX_PROBLEMS:  # a file of nonsense: the search for the nearest name is slow
             return "is not an option"
         if group := nearest_group(key, list(self.groups), list(self.hints)):
