@@ -92,6 +92,7 @@ def test_split_arguments():
         (["--config"], "needs a name"),
         (["--config", "a", "--config", "b"], "given twice"),
         (["my.yaml"], "write --config my.yaml"),
+        (["tiny/lora"], "write --config tiny/lora"),
         (["resume"], "write key=value"),
         (["--nproc_per_node", "2"], "before the recipe"),
         (["--lora.rank=8"], "key=value"),

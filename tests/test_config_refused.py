@@ -10,7 +10,7 @@ from some_config import NAMES, NEEDED, Config, read, refused
 from torchft.checks import CHOICES, RANGES
 from torchft.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from torchft.errors import ConfigError
-from torchft.names import OLD_KEYS
+from torchft.names import FOREIGN_NAMES, OLD_KEYS
 from torchft.options import list_options
 from torchft.parse import flatten, read_config
 
@@ -112,6 +112,32 @@ def test_old_keys_point_at_options_that_exist():
         assert named or advice.startswith("remove it"), key
         assert set(named) <= set(NAMES), key
         assert key not in NAMES, key
+
+
+FOREIGN = {name: ours for ours, names in FOREIGN_NAMES.items() for name in names.split()}
+SAME_NAMES = ("weight_decay", "seed", "warmup_steps", "max_grad_norm", "max_steps", "micro_batch_size", "epochs")
+
+
+def test_other_trainers_names_are_each_of_one_option_of_ours():
+    assert {ours.partition("=")[0] for ours in FOREIGN_NAMES} <= set(NAMES)
+    assert sum(len(names.split()) for names in FOREIGN_NAMES.values()) == len(FOREIGN)
+    assert not {name.rpartition(".")[2] for name in NAMES} & set(FOREIGN)
+    for ours in FOREIGN_NAMES:
+        name, _, value = ours.partition("=")
+        assert not value or value in (*CHOICES.get(name, ()), "full"), ours
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, *SAME_NAMES])
+def test_other_trainers_names_lead_to_ours(name, tmp_path):
+    """Bare, in a YAML and on the command line, and in a group of ours; what torchtune calls so too has its advice."""
+    ours = FOREIGN.get(name) or next(option for option in NAMES if option.endswith(f".{name}"))
+    group = "optim" if not ours.startswith("optim.") else "run"
+    for yaml, overrides in ((f"{name}: 1", []), (f"{group}: {{{name}: 1}}", []), ("", [f"{group}.{name}=1"])):
+        message = refused(yaml, tmp_path, *NEEDED, *overrides)
+        key = message.split(": ")[1].split(" ")[0]
+        advice = OLD_KEYS.get(key)
+        assert f"{key} is torchtune's; use {advice}" in message if advice else message.endswith(f"{key} is not an option; did you mean {ours}?")
+        assert ours.partition("=")[0] in message
 
 
 def test_overrides_given_twice(tmp_path):

@@ -145,6 +145,8 @@ def test_nf4_bytes_per_weight_are_those_of_real_tensors(workplace):
     [
         (["model.path=nowhere"], "command line: model.path is 'nowhere', which does not exist"),
         (["data.train=nowhere.jsonl"], "data.train[0].path is 'nowhere.jsonl', which does not exist"),
+        (["model.path=train.jsonl"], "model.path is 'train.jsonl', which is a file and no model directory; name the one that holds config.json"),
+        (["lora.adapter=c.yaml"], "lora.adapter is 'c.yaml', which is a file and no adapter directory"),
         (["lora.target_modules=[q_prog]"], "q_proj"),
         (["lora.modules_to_save=[lm_head]"], "lm_head"),
         (["run.global_batch_size=0"], "run.global_batch_size is 0; accepted are 1 to"),
@@ -285,6 +287,8 @@ def test_which_recipe_a_config_is_for(workplace, capsys):
         assert dry_run.recipe_of(name, []) == recipe
     Path("mine.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl}\n")
     assert dry_run.recipe_of("mine.yaml", ["kto.beta=0.3"]) == "kto_distributed"
+    assert dry_run.recipe_of("c.yaml", ["kto.beta=0.3"]) == "kto_distributed"  # its group lora speaks for no recipe against it
+    assert dry_run.recipe_of("tiny/lora", ["kto.beta=0.3"]) == "lora_single_device"
     for command in ("validate", "data"):
         with pytest.raises(SystemExit):
             cli.main([command, "mine.yaml"])
@@ -292,6 +296,61 @@ def test_which_recipe_a_config_is_for(workplace, capsys):
         cli.main([command, "mine.yaml", "--recipe", "lora_distributed"])
     shutil.copy(CONFIGS / "tiny/full.yaml", "copied.yaml")
     assert dry_run.recipe_of("copied.yaml", []) == "full_finetune_distributed"
+
+
+@pytest.mark.parametrize("command", ["validate", "data", "check"])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("- a\n", "any.yaml:1: a config is a mapping of groups: model:, data:, ..."),
+        ("a\n", "any.yaml:1: a config is a mapping of groups: model:, data:, ..."),
+        ("", "model.path is empty; name a Hugging Face model directory"),
+        ("lr: 1e-3\n", "any.yaml:1: lr is not an option; did you mean optim.lr?"),
+        ("modle: {path: model}\n", "any.yaml:1: modle.path is not an option; did you mean model.path?"),
+        ("model: {path: a, path: b}\n", "any.yaml:1: model.path is given twice, first at any.yaml:1"),
+        ("model: {_component_: a.b}\n", "any.yaml:1: model._component_ is refused"),
+        ("model: {dtype: half}\n", "any.yaml:1: model.dtype is 'half'; the choices are"),
+    ],
+)
+def test_a_config_without_a_recipe_has_its_mistakes_told_first(text, words, command, workplace, capsys):
+    Path("any.yaml").write_text(text)
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "any.yaml"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and words in error and "does not tell" not in error
+
+
+def test_what_one_recipe_alone_takes_is_no_mistake_of_a_config_without_one(workplace, capsys):
+    Path("any.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl}\noptim: {name: adamw_bf16}\n")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["validate", "any.yaml"])
+    assert left.value.code == 1 and "any.yaml does not tell which recipe it is for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["validate", "data"])
+@pytest.mark.parametrize("config", ["tiny/lora", "tiny/full", "c.yaml"])
+def test_pairs_are_refused_where_the_recipe_refuses_them(config, command, workplace, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, config, "data.train=builtin:tiny_dpo/train.jsonl", "data.valid=builtin:tiny_dpo/valid.jsonl"])
+    assert left.value.code == 1
+    words = "data.train[0]: builtin:tiny_dpo/train.jsonl is preference data (it has chosen, rejected), which is not trained on here but in dpo"
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config, options, recipe, words",
+    [
+        ("tiny/lora", ["dpo.beta=0.1"], "", "command line: dpo.beta is not an option here, the group dpo belongs to dpo_distributed alone"),
+        ("tiny/dpo", [], "lora_single_device", "dpo.yaml:13: dpo.beta is not an option here, the group dpo belongs to dpo_distributed"),
+        ("tiny/kto", [], "dpo_distributed", "kto.beta is not an option here, the group kto belongs to kto_distributed alone"),
+        ("tiny/lora", ["reward.center_weight=0.1"], "", "the group reward belongs to reward_distributed alone"),
+        ("tiny/full", ["lora.rank=4"], "", "lora.rank is not an option here, the group lora belongs to recipes that train adapters"),
+    ],
+)
+def test_a_group_of_another_recipe_is_named_with_it(config, options, recipe, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["validate", config, *options, *(["--recipe", recipe] if recipe else [])])
+    assert left.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.py")))

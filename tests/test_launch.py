@@ -16,6 +16,7 @@ from torchft.config import ModelConfig
 from torchft.distributed import require_single_process
 from torchft.errors import ConfigError, UserError
 from torchft.models.llama import config_from_hf
+from torchft.names import RECIPES
 
 RECIPE = '''
 """A throw-away recipe: on rank `fail_on` a shape is wrong, the other ranks wait for it in a collective."""
@@ -304,6 +305,54 @@ def test_options_in_the_wrong_place_and_missing_recipes():
             launch.run(argv)
     with pytest.raises(UserError, match="argument --nproc-per-node/--nproc_per_node: expected one argument; tune run "):
         launch.run(["--nproc_per_node"])
+
+
+@pytest.mark.parametrize("config", ["tiny/lora", "mine.yaml"])
+def test_a_config_without_its_option_is_told_before_the_recipe_starts(config, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail("it starts"))
+    for arguments in ([config], ["seed=1", config], ["--config", "tiny/qlora", config]):
+        with pytest.raises(ConfigError, match=f"^'{config}' is not understood; write --config {config}$"):
+            launch.run(["lora_single_device", *arguments])
+        with pytest.raises(ConfigError, match=f"write --config {config}$"):
+            launch.parse_torchrun_options(["--nproc_per_node=2", "lora_distributed", *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--config", "tiny/lora"], ["--config=mine.yaml", "run.out=a.yaml"], ["tiny/lora", "-h"]])
+def test_a_config_behind_its_option_is_left_to_the_recipe(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").touch()
+    launch.check_config(RECIPES / "lora_single_device.py", arguments)
+    launch.check_config(Path("mine.py"), ["c.yaml"])  # a recipe of somebody's own may take it
+
+
+@pytest.mark.parametrize(
+    "recipe, config, named",
+    [
+        ("lora_single_device", "tiny/full", "full_finetune_distributed"),
+        ("full_finetune_distributed", "tiny/lora", "lora_single_device"),
+        ("kto_distributed", "old.yaml", "dpo_distributed"),
+        ("dpo_distributed", "old.yaml", ""),
+        ("lora_single_device", "tiny/lora", ""),
+        ("lora_distributed", "tiny/lora", ""),
+        ("lora_single_device", "llama3_1/70B_lora", ""),
+        ("lora_distributed", "none.yaml", ""),
+        ("lora_distributed", "bytes.yaml", ""),
+    ],
+)
+def test_a_config_whose_header_runs_another_recipe(recipe, config, named, tmp_path, monkeypatch, capsys):
+    """One line of warning; the recipes that train adapters are one, and torchtune's names are ours."""
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text("# mine\n#   tune run --nproc_per_node 2 lora_dpo_distributed --config llama3_1/8B_lora_dpo\n")
+    Path("none.yaml").write_text("model: {}\n")
+    Path("bytes.yaml").write_bytes(b"# \xff\n")  # for the recipe to refuse
+    monkeypatch.setattr(os, "execv", lambda *command: sys.exit(0))
+    warning = f"WARNING: {config} is for {named}, as its header says; {recipe} runs with its settings\n" if named else ""
+    for arguments in (["--config", config, "seed=1"], [f"--config={config}"]):
+        with pytest.raises(SystemExit):
+            launch.run([recipe, *arguments])
+        assert capsys.readouterr().err == warning
+    launch.parse_torchrun_options(["--nproc_per_node=2", recipe, "--config", config])
+    assert capsys.readouterr().err == warning
 
 
 def test_torchrun_options_are_torchruns(recipe):

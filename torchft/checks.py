@@ -376,6 +376,9 @@ def _path_problem(key: str, text: str, inside: str) -> str:
         return ""
     if inside and path.is_dir():
         return f"is {show(text)}, a directory without {inside}"
+    if inside and path.is_file():
+        what = "model" if key == "model.path" else "adapter"
+        return f"is {show(text)}, which is a file and no {what} directory; name the one that holds {inside}"
     fix = (
         f"; get it with `tune download {text}`"
         if key == "model.path" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)

@@ -4,13 +4,14 @@
 `data` prints the report of the data and a few coloured examples. Both take any config of the shipped recipes.
 """
 
-import re
 import shutil
 import sys
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from yaml.nodes import MappingNode
 
 from torchft.checks import counted
 from torchft.config import (
@@ -22,11 +23,10 @@ from torchft.config import (
     PreferenceOptions,
     RewardOptions,
     RunConfig,
-    SourceConfig,
     resolve_path,
 )
 from torchft.errors import UserError
-from torchft.names import find_config, find_recipe, recipe_for, recipe_names
+from torchft.names import OWN_GROUPS, find_config, find_recipe, header_recipes, recipe_for
 from torchft.parse import read_config
 from torchft.strict_yaml import compose_file
 
@@ -91,9 +91,17 @@ class RewardRun(Options):
     reward: RewardOptions = field(default_factory=RewardOptions)
 
 
-# Recipe: its options, and what it reads, one of torchft.data.layout.KINDS ("": what the data hold). All others are LoRA's.
+@dataclass
+class AnyRun(RewardRun):
+    """All groups that there are: what is none of them is a mistake whatever the recipe."""
+
+    dpo: PreferenceOptions = field(default_factory=PreferenceOptions)
+    kto: KtoOptions = field(default_factory=KtoOptions)
+
+
+# Recipe: its options, and what it reads, one of torchft.data.layout.KINDS. All others are LoRA's, with "sft".
 RUNS = {
-    "full_finetune_distributed": (FullRun, ""),
+    "full_finetune_distributed": (FullRun, "sft"),
     "dpo_distributed": (PreferenceRun, "pairs"),
     "kto_distributed": (KtoRun, "verdicts"),
     "reward_distributed": (RewardRun, "pairs"),
@@ -101,22 +109,25 @@ RUNS = {
 
 
 def recipe_of(config: str, overrides: list[str]) -> str:
-    """The recipe of a config, in this order: by a group of options that only one recipe has, in the file or on the command line;
-    by the command in the file's header, which copies keep; by the end of its name; by its group `lora`.
+    """The recipe of a config, in this order: by a group of options that only one recipe has; by the command in the file's
+    header, which copies keep; by the end of its name; by such a group on the command line; by a group `lora`.
 
-    Raises UserError where nothing tells.
+    Raises UserError where nothing tells, or ConfigError if the config has mistakes that no recipe would take.
     """
     file = find_config(config)
     node = compose_file(file)
-    groups = [key.value for key, _ in node.value] if node is not None and isinstance(node.value, list) else []
-    given = {*groups, *(text.partition(".")[0] for text in overrides)}
-    commands = re.findall(r"^# +tune run [^#\n]*?(\w+) --config", file.read_text(encoding="utf-8"), re.MULTILINE)
-    told = [f"{group}_distributed" for group in ("dpo", "kto", "reward") if group in given]
-    told += [command for command in commands if command in recipe_names()]
-    told += [recipe for recipe in (recipe_for(config), "lora_single_device" if "lora" in given else "") if recipe]
+    groups = [key.value for key, _ in node.value] if isinstance(node, MappingNode) else []
+    overridden = [text.partition(".")[0] for text in overrides]
+    told = [*_owners(groups), *header_recipes(file), recipe_for(config), *_owners(overridden)]
+    told = [recipe for recipe in told if recipe] + ["lora_single_device"] * ("lora" in [*groups, *overridden])
     if not told:
+        read_config(AnyRun, config, overrides, paths=False, pairs=False)
         raise UserError(f"{config} does not tell which recipe it is for: add --recipe lora_single_device, or another (tune ls)")
     return told[0]
+
+
+def _owners(groups: list[str]) -> list[str]:
+    return [f"{group}_distributed" for group in groups if group in OWN_GROUPS]
 
 
 def options_for(config: str, overrides: list[str], recipe: str) -> tuple[str, type[WholeOptions], str]:
@@ -125,7 +136,7 @@ def options_for(config: str, overrides: list[str], recipe: str) -> tuple[str, ty
     `recipe`: a shipped one, or torchtune's name for it; "": see recipe_of.
     """
     recipe = find_recipe(recipe).stem if recipe else recipe_of(config, overrides)
-    return recipe, *RUNS.get(recipe, (Options, ""))
+    return recipe, *RUNS.get(recipe, (Options, "sft"))
 
 
 def validate(config: str, overrides: list[str], recipe: str = "") -> None:
@@ -169,18 +180,9 @@ def load_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Loader", "Dat
     adapter = cfg.lora.adapter if isinstance(cfg, Options) else ""
     tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), adapter))
     template = load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
-    kind = kind or sources_kind(cfg.data.train)
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
     loader = Loader(train, cfg.data, cfg.run)
     return tokenizer, loader, valid
-
-
-def sources_kind(sources: list[SourceConfig]) -> str:
-    """What the first source of the training data holds, one of torchft.data.layout.KINDS."""
-    from torchft.data.layout import detect_kind
-    from torchft.data.sources import read_source
-
-    return detect_kind(read_source(sources[0], "data.train[0]"), sources[0]) if sources else "sft"
 
 
 def check_machine(cfg: WholeOptions) -> None:

@@ -20,9 +20,10 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from torchft.checks import show
 from torchft.crash import GAVE_UP
-from torchft.errors import UserError
-from torchft.names import find_recipe
+from torchft.errors import ConfigError, UserError
+from torchft.names import RECIPES, config_names, find_config, find_recipe, header_recipes
 
 TORCHRUN_OPTIONS = ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
 USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
@@ -50,6 +51,7 @@ def run(argv: list[str]) -> NoReturn:
     if not argv[0].startswith("-"):
         check_order(argv[1:])
         path = find_recipe(argv[0])
+        check_config(path, argv[1:])
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, str(path), *argv[1:]])
     sys.exit(run_workers(argv))
@@ -77,6 +79,27 @@ def check_order(arguments: list[str]) -> None:
     for argument in arguments:
         if argument.startswith(TORCHRUN_OPTIONS):
             raise UserError(f"{argument} is torchrun's and stands before the recipe: {USAGE}")
+
+
+def check_config(recipe: Path, arguments: list[str]) -> None:
+    """What a shipped recipe's arguments say of its config, before torch is imported: one without `--config` is refused, as the
+    recipe would; of one whose header runs another recipe a line warns. Raises ConfigError.
+    """
+    if recipe.parent != RECIPES or {"--help", "-h"} & set(arguments):
+        return
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        config = argument if before == "--config" else argument.removeprefix("--config=")
+        if before == "--config" or config != argument:
+            _warn_of_other_recipe(recipe.stem, config)
+        elif argument in config_names() or (argument.endswith((".yaml", ".yml")) and "=" not in argument):
+            raise ConfigError(f"{show(argument)} is not understood; write --config {argument}")
+
+
+def _warn_of_other_recipe(recipe: str, config: str) -> None:
+    named = header_recipes(find_config(config))
+    if named and recipe.split("_")[0] not in [other.split("_")[0] for other in named]:  # lora_distributed is a twin
+        line = f"WARNING: {config} is for {named[0]}, as its header says; {recipe} runs with its settings"
+        print(line, file=sys.stderr, flush=True)
 
 
 def run_workers(argv: list[str]) -> int:
@@ -123,7 +146,9 @@ def parse_torchrun_options(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_order(args.training_script_args)
     if not args.module and not args.no_python:
-        args.training_script = str(find_recipe(args.training_script))
+        recipe = find_recipe(args.training_script)
+        check_config(recipe, args.training_script_args)
+        args.training_script = str(recipe)
     chosen = {option.split("=")[0].replace("_", "-") for option in argv if option.startswith("--")}
     if args.nnodes in ("1", "1:1") and not any(option.startswith(("--rdzv", "--master")) for option in chosen):
         args.standalone = True  # a free port of this machine: two runs side by side do not meet on 29500

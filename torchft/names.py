@@ -1,12 +1,13 @@
 """Find recipes and configs: by shipped name, by path, or by the name that torchtune had for them.
 
 Both are found by listing folders, torchft/recipes and torchft/configs; there is no list to keep. torchtune's option
-names are here too, each with what to write instead, so that notes and articles keep working; our own earlier ones, too.
+names are here, each with what to write instead, so that notes and articles keep working; our earlier and other trainers' too.
 """
 
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from torchft.checks import nearest
@@ -17,13 +18,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 NOT_YAML = (".py", ".jsonl", ".csv", ".parquet", ".txt")  # what is given in place of a config by mistake
 
 # A config's method is the last part of its name: llama3_1/8B_qlora is for every recipe that starts with lora_.
-METHODS = {
-    "lora": ("lora", "qlora", "lora_fp8"),
-    "full": ("full",),
-    "dpo": ("dpo",),
-    "kto": ("kto",),
-    "reward": ("reward",),
-}
+METHODS = {"lora": ("lora", "qlora", "lora_fp8"), "full": ("full",), "dpo": ("dpo",), "kto": ("kto",), "reward": ("reward",)}
 
 RECIPE_ALIASES = {
     "lora_finetune_single_device": "lora_single_device",
@@ -34,15 +29,15 @@ RECIPE_ALIASES = {
 }
 FULL_DPO = "full_dpo_distributed"  # torchtune's too, but no alias: with a config for LoRA it would train an adapter
 
+OWN_GROUPS = ("dpo", "kto", "reward")  # each of the options of one recipe alone, which is called after it: dpo_distributed
+
 MOVED_KEYS = {  # what our own options were called before -> now, and what is said of it
     "lora.new_tokens": ("data.new_tokens", "is called data.new_tokens now, for all recipes"),
     "model.offload_activations": ("model.offload", "is model.offload=[activations] now"),
 }
 
 _ADAPTER_MODULES = "lora.target_modules, a list of leaf names such as q_proj, down_proj, or all-linear"
-_BATCH = (
-    "run.micro_batch_size (rows per forward) and run.global_batch_size (rows per optimizer step over all processes)"
-)
+_BATCH = "run.micro_batch_size (rows per forward) and run.global_batch_size (rows per optimizer step over all processes)"
 OLD_KEYS = {  # torchtune's option -> ours, or why it is not needed
     "model._component_": "remove it: the config.json in model.path decides the architecture",
     "model.lora_attn_modules": _ADAPTER_MODULES,
@@ -109,6 +104,44 @@ OLD_KEYS = {  # torchtune's option -> ours, or why it is not needed
     "keep_last_n_checkpoints": "run.keep_last",
 }
 
+# Ours -> what Hugging Face's Trainer, Axolotl and LLaMA-Factory call it, where the nearest spelling would be something else.
+FOREIGN_NAMES = {
+    "model.path": "base_model base_model_config model_name model_name_or_path model_id",
+    "model.dtype": "bf16 fp16 fp32 tf32 torch_dtype pure_bf16",
+    "model.quantize=nf4": "load_in_4bit quantization_bit quantization_method bnb_4bit_quant_type",
+    "model.activation_checkpointing=full": "gradient_checkpointing",
+    "model.shard": "fsdp deepspeed",
+    "lora.rank": "lora_r peft_lora_r r",
+    "lora.target_modules": "lora_target lora_target_modules lora_target_linear",
+    "lora.adapter": "lora_model_dir adapter_name_or_path adapter_path",
+    "lora.dora": "use_dora peft_use_dora",
+    "lora.rslora": "use_rslora peft_use_rslora",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "data.train": "datasets dataset_dir dataset_name dataset_path train_file train_dataset train_data data_path",
+    "data.valid": "eval_dataset test_datasets validation_file valid_file",
+    "data.valid_fraction": "val_set_size val_size test_size",
+    "data.max_seq_len": "cutoff_len sequence_len max_length max_seq_length model_max_length block_size",
+    "data.packing": "sample_packing neat_packing packed",
+    "data.chat_template": "template prompt_template",
+    "optim.lr": "learning_rate",
+    "optim.schedule": "lr_scheduler_type lr_scheduler scheduler",
+    "optim.warmup_steps": "warmup_ratio num_warmup_steps warmup",
+    "optim.betas": "adam_beta1 adam_beta2",
+    "optim.eps": "adam_epsilon",
+    "optim.max_grad_norm": "gradient_clipping grad_clip clip_grad",
+    "run.out": "output_dir save_dir logging_dir",
+    "run.epochs": "num_train_epochs num_epochs n_epochs",
+    "run.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size eval_batch_size train_batch_size",
+    "run.global_batch_size": "gradient_accumulation_steps accumulate_grad_batches",
+    "run.log_every": "logging_steps",
+    "run.save_every": "save_steps saves_per_epoch save_strategy",
+    "run.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
+    "run.keep_last": "save_total_limit",
+    "run.keep_best": "load_best_model_at_end",
+    "run.trackers": "report_to use_wandb wandb_project use_tensorboard",
+}
+
 
 def recipe_names() -> list[str]:
     """Shipped recipes, sorted: `lora_single_device`, ..."""
@@ -136,6 +169,17 @@ def recipe_for(config: str) -> str:
     return next(iter(recipes), "")
 
 
+def header_recipes(config: Path) -> list[str]:
+    """The shipped recipes that the commands in a config's comments run; [] of a file that cannot be read."""
+    try:
+        text = config.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # whoever reads its options says so
+        return []
+    commands = re.findall(r"^# +tune run [^#\n]*?(\w+) --config", text, re.MULTILINE)
+    recipes = [RECIPE_ALIASES.get(command, command) for command in commands]
+    return [recipe for recipe in recipes if recipe in recipe_names()]
+
+
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by name, torchtune's name, or path. Raises UserError naming what exists, or what to type."""
     shipped = recipe_names()
@@ -153,9 +197,8 @@ def find_recipe(name: str) -> Path:
     if name == FULL_DPO:
         what = "dpo_distributed with lora.rank=0, as the configs have it that end in _full_dpo"
         raise UserError(f"{name} is torchtune's name for {what}: tune run dpo_distributed --config llama3_1/8B_full_dpo")
-    raise UserError(
-        f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {_nearest(name, shipped)}"
-    )
+    hint = _nearest(name, shipped)
+    raise UserError(f"there is no recipe {name!r}, neither a shipped name nor the path of a .py file; {hint}")
 
 
 def find_config(name: str) -> Path:
@@ -177,9 +220,7 @@ def find_config(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) and bare not in shipped:
         raise ConfigError(f"there is no config file {name} (looked in {Path.cwd()})")
     hint = f"did you mean the shipped config {bare}?" if bare in shipped else _nearest(bare, shipped)
-    raise ConfigError(
-        f"there is no config {name!r}, neither a file (looked in {Path.cwd()}) nor a shipped name; {hint}"
-    )
+    raise ConfigError(f"there is no config {name!r}, neither a file (looked in {Path.cwd()}) nor a shipped name; {hint}")
 
 
 def find_recipe_or_config(name: str) -> Path:
@@ -206,19 +247,36 @@ def old_key_advice(key: str) -> str:
     return f"is torchtune's; {advice}" if advice else ""
 
 
+def group_advice(key: str, groups: Iterable[str]) -> str:
+    """Whose the group of an option is that is not among `groups`, those of the recipe that runs; "" for any other key."""
+    group = key.partition(".")[0]
+    if group in groups or group not in ("lora", *OWN_GROUPS):
+        return ""
+    owner = "recipes that train adapters, such as lora_single_device" if group == "lora" else f"{group}_distributed alone"
+    return f"is not an option here, the group {group} belongs to {owner}: run that, or remove it"
+
+
 def nearest_option(key: str, options: list[str]) -> str:
-    """The option that a mistyped key most likely means: the same last part first, then the most similar spelling."""
+    """The option that a key most likely means: as other trainers call it, by its last part, by the most similar spelling."""
     leaf = key.rpartition(".")[2][:40]
     same_leaf = [option for option in options if option.rpartition(".")[2] == leaf]
     by_leaf = {option.rpartition(".")[2]: option for option in options}
     close = difflib.get_close_matches(key[:60], options, 1, cutoff=0.75)
     close_leaf = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, cutoff=0.7)]
-    return (same_leaf + close + close_leaf + [nearest(key, options)])[0]
+    found = [foreign_option(key, options), *same_leaf, *close, *close_leaf, nearest(key, options)]
+    return next(filter(None, found))
+
+
+def foreign_option(key: str, options: list[str]) -> str:
+    """The option that other trainers call as the last part of `key`, as FOREIGN_NAMES has it; "" where none does."""
+    leaf = key.rpartition(".")[2]
+    known = [ours for ours, names in FOREIGN_NAMES.items() if leaf in names.split()]
+    return next((ours for ours in known if ours.partition("=")[0] in options), "")
 
 
 def nearest_group(key: str, groups: list[str], options: list[str]) -> str:
-    """The group that a mistyped key without a dot most likely means; "" where none is near or an option has the name."""
-    if "." in key or any(option.rpartition(".")[2] == key for option in options):
+    """The group that a mistyped key without a dot most likely means; "" where none is near or an option is called so."""
+    if "." in key or foreign_option(key, options) or any(option.rpartition(".")[2] == key for option in options):
         return ""
     return next(iter(difflib.get_close_matches(key[:60], groups, 1, cutoff=0.75)), "")
 
@@ -232,11 +290,8 @@ def _without_torchtune_suffix(name: str) -> str:
 
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name[:60], known, 1, cutoff=0.6)
-    return (
-        f"did you mean {close[0]}?"
-        if close
-        else f"there are {', '.join(known[:8])}" + (", ... (tune ls)" if len(known) > 8 else "")
-    )
+    more = ", ... (tune ls)" if len(known) > 8 else ""
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known[:8])}{more}"
 
 
 def _by_size(name: str) -> tuple[str, float, str]:

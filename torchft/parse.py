@@ -24,7 +24,7 @@ from torchft.checks import Problems, check_options, check_pairs, check_paths, co
 from torchft.config import SourceConfig
 from torchft.crash import install_excepthook
 from torchft.errors import ConfigError
-from torchft.names import find_config, nearest_group, nearest_option, old_key_advice
+from torchft.names import config_names, find_config, group_advice, nearest_group, nearest_option, old_key_advice
 from torchft.options import group_names, help_text, list_options
 from torchft.strict_yaml import COMMAND_LINE, NULL, STR, compose_file, compose_text, where
 from torchft.typed import Problem, read_pairs, read_value
@@ -49,12 +49,17 @@ def parse(config_class: type[C], argv: list[str] | None = None) -> C:
 
 
 def read_config(
-    config_class: type[C], config: str | None, overrides: list[str], paths: bool = True, training: bool = True
+    config_class: type[C],
+    config: str | None,
+    overrides: list[str],
+    paths: bool = True,
+    training: bool = True,
+    pairs: bool = True,
 ) -> C:
     """`parse` from a config's name or file (None: only defaults) and overrides.
 
     `paths=False` leaves out whether the files exist that the options name, `training=False` whether the options of `run`
-    go with the others. Raises ConfigError listing every problem.
+    go with the others, `pairs=False` whether any do. Raises ConfigError listing every problem.
     """
     reader = _Reader(config_class)
     if config is not None:
@@ -70,7 +75,8 @@ def read_config(
     reader.check(check_options, {key: value for key, value in values.items() if key not in reader.values})
     if not training:
         values = {key: value for key, value in values.items() if not key.startswith("run.")}
-    reader.check(check_pairs, values)
+    if pairs:
+        reader.check(check_pairs, values)
     if paths:
         reader.check(check_paths, values)
     reader.raise_problems()
@@ -104,7 +110,7 @@ def split_arguments(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _argument_advice(argument: str) -> str:
-    if argument.endswith((".yaml", ".yml")):
+    if argument.endswith((".yaml", ".yml")) or argument in config_names():
         return f"write --config {argument}"
     if argument.startswith("--"):
         return "options are written key=value; torchrun's stand before the recipe: tune run --nproc_per_node 2 NAME ..."
@@ -224,7 +230,7 @@ class _Reader:
         for name in self.hints:
             if key.startswith((f"{name}.", f"{name}[")):
                 return f"is not an option; {name} is given whole"
-        if advice := old_key_advice(key):
+        if advice := old_key_advice(key) or group_advice(key, self.groups):
             return advice
         if len(self.problems) >= MAX_PROBLEMS:  # a file of nonsense: the search for the nearest name is slow
             return "is not an option"

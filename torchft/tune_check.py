@@ -28,7 +28,7 @@ def check(config: str, overrides: list[str], rows: int, layers: int, recipe: str
     rows: of the data's first step; layers: of the model, 0 for as many as fit; recipe: as in dry_run.options_for.
     """
     recipe, options, kind = options_for(config, overrides, recipe)
-    if kind:
+    if kind != "sft":
         raise UserError(f"tune check computes steps of cross entropy, and {recipe} has a loss of {kind}: check the same model with a lora or a full config")
     cfg = read_config(options, config, overrides, training=False)
     subject = choose(cfg, rows, layers)

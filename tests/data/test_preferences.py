@@ -14,7 +14,6 @@ from torchft.data.dataset import Dataset, build_dataset, build_datasets
 from torchft.data.loader import make_batch
 from torchft.data.report import report
 from torchft.data.tokenizer import load_tokenizer
-from torchft.dry_run import sources_kind
 from torchft.errors import UserError
 from torchft.fit import check_ids
 from torchft.models import model_config, read_config
@@ -162,12 +161,7 @@ def test_every_shape_of_a_verdict_is_the_same_sample(tmp_path: Path, shape: str)
     assert batch.desirable.tolist() == [True, False] and batch.branches is None
 
 
-def test_a_kind_is_told_by_the_columns_and_refused_where_it_does_not_belong(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    for row, kind in [(PAIRS["text"], "pairs"), (VERDICTS["messages"], "verdicts"), ({"messages": [Q, A]}, "sft")]:
-        file.write_text(json.dumps(row) + "\n")
-        assert sources_kind([SourceConfig(path=str(file))]) == kind
-    assert sources_kind([SourceConfig(path=str(file), format="kto")]) == "verdicts"
+def test_a_kind_is_refused_where_it_does_not_belong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="instruct is not trained on here; known are auto, preference"):
         build(tmp_path, [PAIRS["text"]], source={"format": "instruct"})
     with pytest.raises(UserError, match="not trained on here but in dpo_distributed"):

@@ -67,15 +67,6 @@ def detect_layout(rows: list[Row], source: SourceConfig, key: str, kind: str = "
     return Layout(form, columns, [name for name in counts if name not in columns.values()])
 
 
-def detect_kind(rows: list[Row], source: SourceConfig) -> str:
-    """Which of KINDS a source is, for commands that are told no recipe."""
-    named = [kind for kind, forms in KINDS.items() if source.format in forms]  # of a pair first what it is
-    tables, _, usual = _columns(rows)
-    names = _our_names(usual, source.columns)
-    found = "pairs" if set(SIDES) <= names else "verdicts" if _has_verdicts(names, tables) else "sft"
-    return named[0] if named else found
-
-
 def _columns(rows: list[Row]) -> tuple[list[dict[str, Any]], Counter[str], list[str]]:
     """The readable rows, how many of them have each column, and the columns that at least half of them have."""
     tables = [row.values for row in rows if row.values is not None]
