@@ -4,6 +4,7 @@ The weights are scaled up so that attention is far from uniform and norms and bi
 wrong epsilon, theta or window then moves the logits by far more than rounding does.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def long_rope(pairs: int, original: int, **others: Any) -> dict[str, Any]:
 
 
 def small(model_type: str, architecture: str, **others: Any) -> dict[str, Any]:
-    """A config.json of odd sizes; `others` replaces or adds."""
+    """A config.json of odd sizes; copies of `others`, into which transformers writes, replace or add."""
     return {
         "model_type": model_type,
         "architectures": [architecture],
@@ -118,7 +119,7 @@ def small(model_type: str, architecture: str, **others: Any) -> dict[str, Any]:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "pad_token_id": None,  # or transformers gives that row of the embedding no gradient
-    } | others
+    } | copy.deepcopy(others)
 
 
 # Where null is not the same as absent.
