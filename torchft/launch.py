@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 from torchft.checks import show
 from torchft.crash import GAVE_UP
 from torchft.errors import ConfigError, UserError
-from torchft.names import RECIPES, config_names, find_config, find_recipe, header_recipes
+from torchft.names import RECIPES, find_config, find_recipe, forgotten_config, header_recipes
 
 TORCHRUN_OPTIONS = ("--nproc", "--nnodes", "--node", "--rdzv", "--standalone", "--master", "--max-restarts")
 USAGE = "tune run [torchrun's options] RECIPE [--config NAME|FILE] [key=value ...]"
@@ -91,8 +91,8 @@ def check_config(recipe: Path, arguments: list[str]) -> None:
         config = argument if before == "--config" else argument.removeprefix("--config=")
         if before == "--config" or config != argument:
             _warn_of_other_recipe(recipe.stem, config)
-        elif argument in config_names() or (argument.endswith((".yaml", ".yml")) and "=" not in argument):
-            raise ConfigError(f"{show(argument)} is not understood; write --config {argument}")
+        elif advice := forgotten_config(argument):
+            raise ConfigError(f"{show(argument)} is not understood; {advice}")
 
 
 def _warn_of_other_recipe(recipe: str, config: str) -> None:

@@ -169,6 +169,12 @@ def recipe_for(config: str) -> str:
     return next(iter(recipes), "")
 
 
+def forgotten_config(argument: str) -> str:
+    """What to write for a config's name or file that stands among the options without `--config`; "" for anything else."""
+    config = "=" not in argument and (argument.endswith((".yaml", ".yml")) or argument in config_names())
+    return f"write --config {argument}" if config else ""
+
+
 def header_recipes(config: Path) -> list[str]:
     """The shipped recipes that the commands in a config's comments run; [] of a file that cannot be read."""
     try:

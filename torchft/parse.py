@@ -24,7 +24,7 @@ from torchft.checks import Problems, check_options, check_pairs, check_paths, co
 from torchft.config import SourceConfig
 from torchft.crash import install_excepthook
 from torchft.errors import ConfigError
-from torchft.names import config_names, find_config, group_advice, nearest_group, nearest_option, old_key_advice
+from torchft.names import find_config, forgotten_config, group_advice, nearest_group, nearest_option, old_key_advice
 from torchft.options import group_names, help_text, list_options
 from torchft.strict_yaml import COMMAND_LINE, NULL, STR, compose_file, compose_text, where
 from torchft.typed import Problem, read_pairs, read_value
@@ -110,8 +110,8 @@ def split_arguments(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _argument_advice(argument: str) -> str:
-    if argument.endswith((".yaml", ".yml")) or argument in config_names():
-        return f"write --config {argument}"
+    if advice := forgotten_config(argument):
+        return advice
     if argument.startswith("--"):
         return "options are written key=value; torchrun's stand before the recipe: tune run --nproc_per_node 2 NAME ..."
     return "write key=value, such as optim.lr=1e-4"

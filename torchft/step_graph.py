@@ -87,7 +87,8 @@ class StepGraph:
             if self._possible:
                 self._recorded, self._shape = self._record(model, batch, more), shape
         if self._recorded is None and self._batches == PATIENCE:
-            self._log.print(f"CUDA graph: none so far, since no {RUNS_BEFORE + 1} of the largest micro-batches came in a row and in one shape")
+            why = f"since no {RUNS_BEFORE + 1} of the largest micro-batches came in a row and in one shape"
+            self._log.print(f"CUDA graph: none so far, {why}")
         if shape != self._shape:
             return self._run(model, batch, divisor, *more)
         return self._replay(model, batch, divisor)
@@ -107,8 +108,8 @@ class StepGraph:
     def _record(self, model: CausalLM, batch: Batch, more: tuple) -> Recorded:
         """Nothing is computed by this. Gradients are as they were afterwards."""
         torch._C._cuda_clearCublasWorkspaces()  # the graph brings its own
-        tensors = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-        static, divisor = replace(batch, **tensors), torch.ones((), device=batch.input_ids.device)
+        static = replace(batch, **{name: value.clone() for name, value in batch.tensors().items()})
+        divisor = torch.ones((), device=batch.input_ids.device)
         before = self._take_grads()
         traffic, graph, reserved = model.model.checkpointing.traffic, torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
         sent = traffic.sent if traffic else 0
@@ -132,9 +133,8 @@ class StepGraph:
         recorded, before = self._recorded, self._take_grads()
         if before[0] is recorded.grads[0]:  # of the micro-batch before this one, which the graph is about to overwrite
             before = [grad.clone() for grad in before]
-        for name, value in vars(recorded.batch).items():
-            if isinstance(value, Tensor):
-                value.copy_(getattr(batch, name))
+        for name, value in recorded.batch.tensors().items():
+            value.copy_(getattr(batch, name))
         recorded.divisor.fill_(divisor)
         recorded.graph.replay()
         if model.model.checkpointing.traffic:
@@ -159,9 +159,9 @@ class StepGraph:
 
 def _shape(model: CausalLM, batch: Batch) -> tuple:
     """What must be the same for a graph to be a batch's: its shapes, and which blocks are recomputed how."""
-    tensors = [(name, value.shape) for name, value in vars(batch).items() if isinstance(value, Tensor)]
+    shapes = tuple((name, value.shape) for name, value in batch.tensors().items())
     checkpointing = model.model.checkpointing
-    return tuple(tensors), batch.num_sequences, checkpointing.blocks, checkpointing.offload
+    return shapes, batch.num_sequences, checkpointing.blocks, checkpointing.offload
 
 
 def why_not(model: CausalLM, switches: dict[str, str]) -> str:
