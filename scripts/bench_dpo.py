@@ -109,11 +109,12 @@ def run_recipe(case: str, steps: int, timeout_s: int, more: list[str], dry_run: 
         prepared = prepare(folder, case, steps, dry_run)
         fixed = {"model.path": folder / "model", "model.weights": "random", "lora.rank": 16, "run.out": folder / "out"}
         fixed |= {"run.max_steps": steps, "run.sample_rows": 0}
-        args = [f"{key}={value}" for key, value in {**fixed, **prepared["options"]}.items()] + more
+        options = fixed | prepared["options"] | dict(option.split("=", 1) for option in more)
+        args = [f"{key}={value}" for key, value in options.items()]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-m", "torchft", "run", "dpo_distributed", *args]
         subprocess.run(command, check=True, timeout=timeout_s, cwd=REPO, env=environment)
-        records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (Path(options["run.out"]) / "log.jsonl").read_text().splitlines()]
     records = [record for record in records if "tokens_per_s" in record]
     return [record | {"tokens_per_s": record["tokens_per_s"] * prepared["ratio"]} for record in records]
 

@@ -170,7 +170,8 @@ def measure(command: list[str], case: str, timeout_s: int, gpus: int, options: l
         args = [f"{key}={value}" for key, value in {**fixed, **overrides}.items()]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
         subprocess.run([sys.executable, *command, *args], check=True, timeout=timeout_s, cwd=REPO, env=environment)
-        records = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+        out = Path(overrides.get("run.out", folder / "out"))
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return reduce_log([r for r in records if "tokens_per_s" in r])
 
 

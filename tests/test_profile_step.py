@@ -1,0 +1,58 @@
+"""scripts/profile_step.py: a small trace by hand, its kinds, gaps and overlaps."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location("profile_step", SCRIPTS / "profile_step.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPTS))
+    return module
+
+
+def event(category: str, name: str, start_ms: float, ms: float) -> dict:
+    return {"ph": "X", "cat": category, "name": name, "ts": start_ms * 1000, "dur": ms * 1000}
+
+
+def trace(tmp_path: Path, events: list[dict]) -> Path:
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}))
+    return file
+
+
+def test_kinds_gaps_and_overlaps(script, tmp_path):
+    steps = [event("user_annotation", f"ProfilerStep#{n}", 100 * n, 100) for n in range(3)]  # the last two: 100 to 300 ms
+    work = [
+        event("kernel", "nvjet_hsh_256x128", 50, 100),  # half of it before the window
+        event("kernel", "cudnn_generated_fort_native_sdpa_sm90", 150, 40),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 160, 20),  # beside attention
+        event("kernel", "rms_norm_kernel", 200, 10),
+        event("kernel", "rms_norm_kernel", 290, 30),  # 20 of it behind the window
+        event("cpu_op", "aten::mm", 100, 200),
+    ]
+    profile = script.read_trace(trace(tmp_path, steps + work), steps=2)
+    assert profile["step_ms"] == 100
+    assert profile["kinds_ms"] == {
+        "products": 25, "attention": 20, "other kernels": 10, "copies": 10, "idle": 45, "overlapped": -10,
+    }  # fmt: skip
+    assert sum(profile["kinds_ms"].values()) == profile["step_ms"]
+    assert profile["kernels"][0] == {"name": "nvjet_hsh_256x128", "ms": 25, "launches": 0.5}
+    assert "25.00 ms   25.0%  products" in script.render(profile)
+
+
+def test_a_short_trace_and_one_without_a_gpu_are_refused(script, tmp_path):
+    one = [event("user_annotation", "ProfilerStep#0", 0, 10)]
+    with pytest.raises(SystemExit, match="holds 1 steps, and the last 4 are wanted"):
+        script.read_trace(trace(tmp_path, one), steps=4)
+    with pytest.raises(SystemExit, match="shows nothing on a GPU"):
+        script.read_trace(trace(tmp_path, one), steps=1)
