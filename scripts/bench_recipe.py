@@ -6,10 +6,10 @@
     python scripts/bench_recipe.py --case full_8b_bf16_2048x4_ac --gpus 2 --baseline hf_peft
     python scripts/bench_recipe.py --case lora_8b_bf16_2048x4_noac --case qlora_8b_nf4_2048x1_ac --baseline hf_peft
     python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option optim.name=adamw_8bit
-    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option data.max_seq_len=65536 --timeout 900
+    python scripts/bench_recipe.py --case qlora_8b_nf4_2048x1_min --option data.max_seq_len=114688 --option run.max_steps=2
 
 The cases that end in _min take the least memory. The longest context that fits into so much: raise data.max_seq_len while the
-record's peak_alloc_gib allows.
+record's peak_alloc_gib allows; two steps are enough to see it.
 
 Each case runs the recipe itself, in a process of its own, with `model.weights=random`: the config.json of the real model,
 a small tokenizer, and text that fills every row with one fully supervised document. 5 steps warm up, the next 10 are
@@ -155,7 +155,7 @@ def measure(command: list[str], case: str, timeout_s: int, gpus: int, options: l
     overrides |= dict(option.split("=", 1) for option in options)  # which may be the case's own
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        steps = WARMUP_STEPS + MEASURED_STEPS
+        steps = int(overrides.get("run.max_steps", WARMUP_STEPS + MEASURED_STEPS))
         rows = int(overrides["run.global_batch_size"]) * steps
         write_inputs(folder, config, 8 * rows * int(overrides["data.max_seq_len"]))  # its one short row is seldom drawn
         fixed = {
@@ -176,8 +176,8 @@ def measure(command: list[str], case: str, timeout_s: int, gpus: int, options: l
 
 
 def reduce_log(records: list[dict]) -> dict:
-    """Median and spread of tokens/s after the warm-up; peak memory and loss over the whole run."""
-    rates = [r["tokens_per_s"] for r in records[WARMUP_STEPS:]]
+    """Median and spread of tokens/s after the warm-up, or of the last step of a shorter run; peak memory and loss of all of it."""
+    rates = [r["tokens_per_s"] for r in records[min(WARMUP_STEPS, len(records) - 1) :]]
     return {
         "tokens_per_s": round(statistics.median(rates)),
         "tokens_per_s_min_max": [round(min(rates)), round(max(rates))],
