@@ -9,9 +9,10 @@ each token:
     d x = logits W,   d W += logits^T x                         products
 
 The maximum and the sum of the exponentials are taken in one pass over V ("online", Milakov and Gimelshein 2018,
-https://arxiv.org/abs/1805.02867, algorithm 3). `linear_cross_entropy`, where s = -1, does all of it in forward;
-`linear_logprobs`, whose s is known only in backward, makes the logits a second time there. A frozen W may be int8 with a scale
-per row: then its two products are taken slice by slice of V (int8_rows.py), each of which is decoded for each chunk.
+https://arxiv.org/abs/1805.02867, algorithm 3). `linear_cross_entropy`, where s = -1, does all of it in forward.
+So does `linear_logprobs` below a frozen W: d x for s = -1, which backward multiplies by -s, row by row. For a trained W, whose
+gradient mixes the rows, it makes the logits a second time in backward. A frozen W may be int8 with a scale per row: then
+its two products are taken slice by slice of V (int8_rows.py), each of which is decoded for each chunk.
 
 Legend: N tokens, D hidden, V vocabulary, C tokens of a chunk.
 """
@@ -156,8 +157,8 @@ def _walk(
     hidden, weight, scale, labels = inputs
     _check(inputs, chunk_size, eager)
     (num_tokens, width), vocabulary = hidden.shape, len(weight)
-    # An int8 head is decoded anew for each chunk: twice as large ones, half as often.
-    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.dtype) * (1 if scale is None else 2)
+    # An int8 head is decoded anew for each chunk, and its gradient in fp32 read and written: twice as large ones, half as often.
+    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.dtype) * (2 if wanted[1] or scale is not None else 1)
     head = weight.to(hidden.dtype) if scale is None else weight  # (V, D)
     ignored = (labels == IGNORE_INDEX)[:, None]  # (N, 1)
     logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
@@ -239,14 +240,18 @@ _cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_setu
 
 @torch.library.custom_op("torchft::linear_logprobs", mutates_args=())
 def _logprobs_op(
-    hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, eager: bool
-) -> Tensor:
-    return _walk((hidden, weight, scale, labels), None, chunk_size, [False, False], eager)[0]
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, ahead: bool, eager: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,); `ahead`: and minus the gradient of each for its row of hidden (N, D), else nothing."""
+    return _walk((hidden, weight, scale, labels), None, chunk_size, [ahead, False], eager)[:2]
 
 
 @_logprobs_op.register_fake
-def _(hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, eager: bool) -> Tensor:
-    return torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+def _(
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, labels: Tensor, chunk_size: int, ahead: bool, eager: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    return logprobs, _fake_gradients(hidden, weight, [ahead, False])[0]
 
 
 @torch.library.custom_op("torchft::linear_logprobs_backward", mutates_args=())
@@ -265,16 +270,22 @@ def _(
     return _fake_gradients(hidden, weight, wanted)
 
 
-def _setup_logprobs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.chunk_size, ctx.eager = inputs
-    ctx.save_for_backward(*tensors)
+def _setup_logprobs(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk_size, ctx.ahead, ctx.eager = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*([output[1]] if ctx.ahead else tensors))
 
 
-def _logprobs_backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+@once_differentiable
+def _logprobs_backward(ctx: FunctionCtx, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    if ctx.ahead:
+        (ahead,) = ctx.saved_tensors
+        return (ahead * -upstream[:, None]).to(ahead.dtype), *[None] * 6
     wanted = list(ctx.needs_input_grad[:2])
     grads = _logprobs_backward_op(upstream, *ctx.saved_tensors, ctx.chunk_size, wanted, ctx.eager)
     grad_hidden, grad_weight = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.saved_tensors[1].dtype), *[None] * 4
+    return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.saved_tensors[1].dtype), *[None] * 5
 
 
 _logprobs_op.register_autograd(_logprobs_backward, setup_context=_setup_logprobs)
@@ -302,4 +313,5 @@ def linear_logprobs(
 
     Arguments and errors as in `linear_cross_entropy`. For losses that need each token's own: preference pairs, RL.
     """
-    return _logprobs_op(hidden, weight, scale, labels, chunk_size, eager)
+    ahead = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
+    return _logprobs_op(hidden, weight, scale, labels, chunk_size, ahead, eager)[0]

@@ -7,7 +7,8 @@
 
 A query sees a key of its own document that is not later in the row, if that is of the trunk or of its own branch, and with a
 sliding window w at most w - 1 positions (not columns) earlier. So each branch computes what the trunk and it would compute as a
-row of their own. Trunks and branches may come in any order in which a token follows those that it sees.
+row of their own. Trunks and branches may come in any order in which a token follows those that it sees; the tokens of a document
+stand together, and so do those of a branch.
 
 Legend: B batch, T tokens, N blocks of 128 tokens.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from torchft.modules.attention import FLEX_BLOCK, block_lists, flex_can_run
+from torchft.modules.attention import FLEX_BLOCK, block_lists, flex_can_run, run_ends
 
 
 def build_tree_mask(documents: Tensor, branches: Tensor, positions: Tensor, window: int | None) -> Tensor | BlockMask:
@@ -61,10 +62,10 @@ def block_tree_mask(documents: Tensor, branches: Tensor, positions: Tensor, wind
         whole &= high[:, :, None] - low[:, None] < window  # the farthest
     full = earlier & whole
     partial = causal & may_meet & ~full
+    ends = torch.where(branches == 0, run_ends(documents), run_ends(groups))  # who comes later does not see the key
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = (k <= q) & (documents[b, q] == documents[b, k])
-        allowed = allowed & ((branches[b, k] == 0) | (branches[b, q] == branches[b, k]))
+        allowed = (k <= q) & (q < ends[b, k])
         return allowed if window is None else allowed & (positions[b, k] > positions[b, q] - window)
 
     return BlockMask.from_kv_blocks(

@@ -169,6 +169,20 @@ def test_no_gradient_is_computed_where_none_is_wanted(eager, monkeypatch):
     assert asked == [False, False]
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_below_a_frozen_weight_the_logits_are_made_once(vocabulary, dtype, eager, monkeypatch):
+    hidden, weight, labels = problem(vocabulary=vocabulary, dtype=dtype)
+    weight = weight.detach()
+    inner, rows = kernel._logprobs, []
+    monkeypatch.setattr(kernel, "_logprobs", lambda *args: rows.append(len(args[0])) or inner(*args))
+    got = linear_logprobs(hidden, weight, labels, chunk_size=16, eager=eager)
+    assert_same(got, exact(linear_logprobs, hidden, weight, labels), (hidden,), BOUNDS[dtype])
+    assert sum(rows) == len(labels)  # backward included
+    with torch.no_grad():
+        assert torch.equal(linear_logprobs(hidden, weight, labels, chunk_size=16, eager=eager), got)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_backward_can_run_twice_and_refuses_a_second_order(op, eager):
     hidden, weight, labels = problem()
@@ -293,7 +307,8 @@ def test_the_ops_are_registered_whole(eager, monkeypatch):
         given = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=False)]
         torch.library.opcheck(ops.linear_cross_entropy.default, (*given, None, inputs[2], 3, wanted, eager))
         assert not any(x.requires_grad for x in ops.linear_cross_entropy(*given, None, inputs[2], 3, wanted, eager)[1:])
-    torch.library.opcheck(ops.linear_logprobs.default, (*inputs[:2], None, inputs[2], 3, eager))
+    torch.library.opcheck(ops.linear_logprobs.default, (*inputs[:2], None, inputs[2], 3, False, eager))
+    torch.library.opcheck(ops.linear_logprobs.default, (inputs[0], inputs[1].detach(), None, inputs[2], 3, True, eager))
     in_8_bits = (inputs[0], *quantize_rows(inputs[1].detach()), inputs[2], 3)
     torch.library.opcheck(ops.linear_cross_entropy.default, (*in_8_bits, [True, False], eager))
-    torch.library.opcheck(ops.linear_logprobs.default, (*in_8_bits, eager))
+    torch.library.opcheck(ops.linear_logprobs.default, (*in_8_bits, True, eager))

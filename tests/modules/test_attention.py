@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchft.modules import attention
-from torchft.modules.attention import attend, block_mask, build_mask, dense_mask
+from torchft.modules.attention import attend, block_mask, build_mask, dense_mask, run_ends
 
 CPU = torch.device("cpu")
 IDS = torch.zeros(2, 12, dtype=torch.int64)
@@ -144,11 +144,17 @@ def test_flex_attention_with_the_block_mask_equals_sdpa(lengths, window, scores)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_blocks_stay_exact_when_ids_are_in_no_order():
-    documents = torch.tensor([5, 2, 9, 2])[torch.arange(4).repeat_interleave(128)][None]
+def test_blocks_stay_exact_when_documents_are_in_no_order():
+    documents = torch.tensor([5, 2, 2, 9])[torch.arange(4).repeat_interleave(128)][None]
     partial, full = block_kinds(block_mask(documents, None))
-    assert full[0].tolist() == [[False] * 4, [False] * 4, [False] * 4, [False, True, False, False]]
+    assert full[0].tolist() == [[False] * 4, [False] * 4, [False, True, False, False], [False] * 4]
     assert partial[0].tolist() == torch.eye(4, dtype=torch.bool).tolist()
+
+
+def test_runs_end_where_the_next_begins():
+    ids = torch.tensor([[7, 7, 3, 3, 3, 9], [4, 4, 4, 4, 4, 4], [1, 2, 1, 1, 2, 2]], dtype=torch.int32)
+    expected = [[2, 2, 5, 5, 5, 6], [6] * 6, [1, 2, 4, 4, 6, 6]]
+    assert run_ends(ids).tolist() == expected and run_ends(ids[:, :1]).tolist() == [[1]] * 3
 
 
 @pytest.mark.gpu
