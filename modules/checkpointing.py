@@ -1,12 +1,12 @@
 """Activation checkpointing: of what a block's backward needs, keep little, and compute the rest again or have the host keep it.
 
     recomputed              only the block's input is kept, all else is computed again
-    recomputed, offloaded   the input waits in CPU memory (offload.py). Of a fused block so does what its attention half saves,
-                            and the feed forward's input; computed again are gate and up alone, its largest tensors
+    recomputed, offloaded   the input waits in CPU memory (offload.py). Of a fused block, if it is split, so does what its attention
+                            half saves, and the feed forward's input; computed again are gate and up alone, its largest tensors
     neither                 everything is kept
 
 8B at 8,192 tokens, bf16, a block: gate and up are 448 MiB and one product; all else is 288 MiB, 5.5 ms over a pinned link, and
-three products and the attention.
+three products and the attention. The input alone is 64 MiB, for contexts of which CPU memory holds no more.
 
 No wrapper modules: the decoder's loop calls `Checkpointing.run`, so names in the state dict stay as they are, and a
 block that was compiled in place runs compiled both times. The variant is `torch.utils.checkpoint`'s non-reentrant one,
@@ -116,11 +116,11 @@ class Checkpointing:
         return out
 
 
-def apply_activation_checkpointing(model: nn.Module, mode: str, offload: bool = False) -> None:
+def apply_activation_checkpointing(model: nn.Module, mode: str, offload: bool = False, splits: bool = True) -> None:
     """Set how `model` (a CausalLM) trades compute for memory.
 
-    mode: "none", "full", or "every_<n>" for one block in n. Raises ValueError for anything else, or if `offload` is
-    asked for without checkpointing.
+    mode: "none", "full", or "every_<n>" for one block in n; `offload`, `splits`: see `recompute_blocks`. Raises ValueError
+    for any other mode, or if `offload` is asked for without checkpointing.
     """
     every, count = _blocks_apart(mode), len(model.model.layers)
     if offload and every == 0:
@@ -128,16 +128,20 @@ def apply_activation_checkpointing(model: nn.Module, mode: str, offload: bool = 
             "model.offload: [activations] moves what checkpointed blocks keep to CPU memory, and with "
             'model.activation_checkpointing: none there are none. Set it to "full" or "every_<n>".'
         )
-    recompute_blocks(model, range(0, count if every else 0, every or 1), offload)
+    recompute_blocks(model, range(0, count if every else 0, every or 1), offload, splits)
 
 
-def recompute_blocks(model: nn.Module, blocks: range, offload: bool) -> None:
-    """These blocks of `model` (a CausalLM) are recomputed from here on, and no others."""
+def recompute_blocks(model: nn.Module, blocks: range, offload: bool, splits: bool = True) -> None:
+    """These blocks of `model` (a CausalLM) are recomputed from here on, and no others.
+
+    offload: what they keep waits in CPU memory; of fused blocks that is most of what they compute, or, without `splits`, their
+    input.
+    """
     layers = model.model.layers
     model.model.checkpointing = Checkpointing(blocks, offload, len(layers))
     for index, block in enumerate(layers):
         block.recomputed = index in blocks
-        block.split = offload and block.recomputed and block.splits
+        block.split = offload and splits and block.recomputed and block.splits
 
 
 def _blocks_apart(mode: str) -> int:

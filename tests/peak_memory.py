@@ -132,7 +132,7 @@ def step_peak(
     add_lora(model, LoraSpec(16, 32.0))
     store_frozen(model, quantize, offloaded)
     swap(model, ())
-    apply_activation_checkpointing(model, "full", "activations" in offloaded)
+    apply_activation_checkpointing(model, "full", bool({"activations", "block_inputs"} & {*offloaded}), "activations" in offloaded)
     model.head_loss = lambda hidden, weight, labels, scale: _Loss.apply(hidden, weight, labels, scale)
     with monkeypatch.context() as patch, Live() as live:
         _no_kernels(patch)

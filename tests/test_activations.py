@@ -82,6 +82,15 @@ def memory_of(
     return ActivationMemory(model, cfg, DataConfig(max_seq_len=37), run, device, log), log
 
 
+def test_block_inputs_leave_fused_blocks_whole() -> None:
+    model, log = fused(VARIANTS["llama"]()), Log()
+    cfg = ModelConfig(activation_checkpointing="full", offload=["block_inputs"])
+    run = RunConfig(global_batch_size=4, micro_batch_size=2)
+    ActivationMemory(model, cfg, DataConfig(max_seq_len=37), run, torch.device("cpu"), log)
+    assert model.model.checkpointing.offload and not any(block.split for block in model.model.layers)
+    assert log.lines == ["activation checkpointing: 3 of 3 blocks are recomputed; their inputs wait in CPU memory (model.offload)"]
+
+
 def recomputed(model: CausalLM) -> list[bool]:
     assert [index in model.model.checkpointing.blocks for index in range(3)] == [block.recomputed for block in model.model.layers]
     return [block.recomputed for block in model.model.layers]

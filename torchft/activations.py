@@ -67,7 +67,8 @@ class ActivationMemory:
         self._model, self._device, self._log = model, device, log
         rows = resolve_micro_batch_size(run.global_batch_size, run.micro_batch_size, world_size())
         self._tokens = rows * data.max_seq_len  # of the largest batch
-        self._offload = "activations" in cfg.offload
+        self._splits = "activations" in cfg.offload
+        self._offload = self._splits or "block_inputs" in cfg.offload
         self._measures = cfg.activation_checkpointing == "auto" and device.type == "cuda"
         self._steps, self._sent = 0, 0
         if self._measures:
@@ -77,7 +78,7 @@ class ActivationMemory:
         elif cfg.activation_checkpointing == "auto":
             log.print("activation checkpointing: none on a CPU (auto)")
         else:
-            apply_activation_checkpointing(model, cfg.activation_checkpointing, self._offload)
+            apply_activation_checkpointing(model, cfg.activation_checkpointing, self._offload, self._splits)
             if model.model.checkpointing.blocks:
                 log.print(self._line())
 
@@ -104,7 +105,7 @@ class ActivationMemory:
         )
 
     def _recompute(self, first: int) -> None:
-        recompute_blocks(self._model, range(first), offload=self._offload and first > 0)
+        recompute_blocks(self._model, range(first), self._offload and first > 0, self._splits)
 
     def _line(self) -> str:
         """What of which blocks is recomputed, and what travels."""

@@ -28,7 +28,7 @@ CHOICES = {
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding")  # lora: the folded products
 SWITCHES = (*KERNELS, "graph")  # of model.kernels; graph: see torchft/step_graph.py
-OFFLOADED = ("activations", "embeddings", "weights")
+OFFLOADED = ("activations", "block_inputs", "embeddings", "weights")
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
@@ -202,9 +202,7 @@ def check_pairs(values: dict[str, Any]) -> Problems:
         (values.get("run.exact_match_rows") and not validation, "run.exact_match_rows",
          f"{need_validation} run.exact_match_rows=0"),
         (values.get("run.eval_every") and not validation, "run.eval_every", f"{need_validation} run.eval_every=0"),
-        ("activations" in values.get("model.offload", []) and values.get("model.activation_checkpointing") == "none",
-         "model.offload",
-         "holds activations, which moves what activation checkpointing keeps; set model.activation_checkpointing=full too"),
+        *_activation_rules(values),
         *_frozen_ends_rules(values),
         (bool(values.get("run.deterministic")) and values.get("model.activation_checkpointing") == "auto",
          "model.activation_checkpointing", "is auto, which goes by the memory that is free, and run.deterministic=true wants the same "
@@ -245,6 +243,18 @@ def _frozen_ends_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         who = "lora.modules_to_save" if name in values.get("lora.modules_to_save", []) else who
         rules.append((bool(chosen and who), key, f"{value}, for a frozen {name}, and {who} trains it; remove one of them"))
     return rules
+
+
+def _activation_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """Of what recomputed blocks keep in CPU memory."""
+    kept = [name for name in ("activations", "block_inputs") if name in values.get("model.offload", [])]
+    recomputed = values.get("model.activation_checkpointing") != "none"
+    return [
+        (bool(kept) and not recomputed, "model.offload", f"holds {' and '.join(kept)}, which moves what activation checkpointing "
+         "keeps; set model.activation_checkpointing=full too"),
+        (len(kept) == 2, "model.offload", "holds activations and block_inputs; with activations alone most of what a fused block "
+         "computes travels, with block_inputs alone its input: keep one of them"),
+    ]  # fmt: skip
 
 
 def _in_backward_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:

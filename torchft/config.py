@@ -19,7 +19,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of the frozen base: bfloat16 | float32
     quantize: str = "none"  # frozen linears: none | nf4 (QLoRA: 4 bits) | nf4_int8_head (lm_head in 8 too) | fp8 (fast on Hopper)
     activation_checkpointing: str = "none"  # none | full | every_<n>: every n-th block is recomputed | auto: what does not fit
-    offload: list[str] = field(default_factory=list)  # to CPU memory: activations (of recomputed blocks), embeddings, weights
+    offload: list[str] = field(default_factory=list)  # to CPU memory: activations or block_inputs (of recomputed blocks), embeddings, weights
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
     kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py and step_graph.py
     shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)

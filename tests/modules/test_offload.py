@@ -109,6 +109,16 @@ def test_plain_blocks_send_their_inputs_alone_and_compute_all_else_again() -> No
     assert traffic.sent == 2 * 2 * 37 * 128 * 4 and not traffic.link.wrong  # the third block's goes nowhere
 
 
+@pytest.mark.parametrize("variant", ["llama", "fp8", "nf4", "packed"])
+def test_fused_blocks_that_are_not_split_send_their_inputs_alone(variant: str) -> None:
+    model = fused(MODELS[variant]())
+    expected = gradients(model)
+    apply_activation_checkpointing(model, "full", offload=True, splits=False)
+    traffic = model.model.checkpointing.traffic = Traffic(CPU, LateLink(), smallest=1)
+    assert_same_bits(expected, gradients(model))
+    assert traffic.sent == 2 * 2 * 37 * 128 * 4 and not traffic.link.wrong
+
+
 def test_fused_blocks_compute_gate_and_up_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     for name in ("attend", "lora_norm_linear", "lora_linear", "lora_swiglu_linear"):
@@ -116,9 +126,9 @@ def test_fused_blocks_compute_gate_and_up_again_and_nothing_else(monkeypatch: py
         monkeypatch.setattr(
             fused_block, name, lambda *inputs, name=name, function=function: called.append(name) or function(*inputs)
         )
-    for offload, again in ((False, 2), (True, 1)):
+    for offload, splits, again in ((False, True, 2), (True, True, 1), (True, False, 2)):
         model = fused(adapted())
-        apply_activation_checkpointing(model, "full", offload)
+        apply_activation_checkpointing(model, "full", offload, splits)
         called.clear()
         gradients(model)
         counts = {name: called.count(name) for name in set(called)}
