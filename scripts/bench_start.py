@@ -6,10 +6,11 @@
     python scripts/bench_start.py --dry-run --baseline hf_peft                # tiny, on any device; records nothing
 
 First a model directory of Llama-3.1-8B's shapes is written, random weights in bf16, in files of 5 GB with their index, and
-read once: the weights lie in the page cache. Then `python -m torchft run lora_single_device`, with the options of bench_recipe.py's
-case lora_8b_bf16_2048x4_noac but weights from the files, is timed from the start of its process to the arrival of its line on step 1,
-which it prints when the device is done; there it is killed. "cold": the folders are empty in which Triton, Inductor, CUDA and our tokens keep
-what they have made (the very first run also reads the libraries from the disk); "warm": they are those of the cold run before. The seconds at which other known lines arrive say where the time goes:
+read once: the weights lie in the page cache. Then `python -m torchft run lora_single_device`, with the options of
+bench_recipe.py's case lora_8b_bf16_2048x4_noac but weights from the files, is timed from the start of its process to the
+arrival of its line on step 1, which it prints when the device is done; there it is killed. "cold": the folders are empty in
+which Triton, Inductor and CUDA keep what they have compiled, and we tokens (the very first run also reads the libraries from
+the disk); "warm": they are those of the cold run before. The seconds at which other known lines arrive say where the time goes:
 
     imports   the first line: Python, torch, our modules, the config, the GPU's context (of hf_peft the modules alone)
     model     the model on meta with its adapters, kernels swapped in
@@ -63,9 +64,9 @@ def seconds_until(lines: dict[str, str], command: list[str], environment: dict[s
     Raises NoStep with its last line where it ends before that, or takes longer than `timeout_s`.
     """
     command = [sys.executable, *command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     start = time.perf_counter()
-    with subprocess.Popen(command, **pipes, env=environment, cwd=REPO, text=True, errors="replace", start_new_session=True) as run:
+    with subprocess.Popen(command, **pipes, env=environment, cwd=REPO, start_new_session=True) as run:
         timer = threading.Timer(timeout_s, os.killpg, (run.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -81,7 +82,7 @@ def seconds_until(lines: dict[str, str], command: list[str], environment: dict[s
 
 
 def arrivals(output: Iterable[str], lines: dict[str, str], start: float) -> tuple[dict[str, float], str]:
-    """Seconds from `start` at which each pattern's first line came, up to the last pattern's; and the last line that was read."""
+    """Seconds from `start` at which each pattern's first line came, up to the last pattern's; and the last line read."""
     seen, last_line = {}, "it printed nothing"
     for line in output:
         now = time.perf_counter() - start
@@ -104,9 +105,10 @@ def write_weights(folder: Path, file_bytes: int) -> None:
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in build_model(read_config(folder)).named_parameters()}
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-    files, free = plan_shards(sizes, file_bytes), shutil.disk_usage(folder).free
-    if free < 1.01 * sum(sizes.values()):
-        raise SystemExit(f"error: {folder} needs {sum(sizes.values()) / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free: give another --folder")
+    files, needed, free = plan_shards(sizes, file_bytes), sum(sizes.values()), shutil.disk_usage(folder).free
+    if free < 1.01 * needed:
+        sizes = f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
+        raise SystemExit(f"error: {folder} takes {sizes}: give another --folder")
 
     def weight(name: str) -> torch.Tensor:
         norm = name.endswith("norm.weight")
@@ -115,7 +117,7 @@ def write_weights(folder: Path, file_bytes: int) -> None:
 
     for file, names in files.items():
         save_safetensors({name: weight(name) for name in names}, folder / file, {"format": "pt"})
-    write_index(folder, files, sum(sizes.values()))
+    write_index(folder, files, needed)
 
 
 def prepare(folder: Path, config: dict, file_bytes: int, num_tokens: int) -> None:
@@ -204,7 +206,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", choices=["hf_peft"], help="transformers + peft in the same call; needs them on the path")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each kind; the median counts (default: 1)")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="one more of the recipe's; may be repeated")
+    more = "one more of the recipe's; may be repeated"
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=more)
     parser.add_argument("--folder", type=Path, help="where the model is written and stays (default: a temporary one, removed)")
     parser.add_argument("--timeout", type=float, default=240, metavar="S", help="seconds, of one run (default: 240)")
     parser.add_argument("--records", type=Path, default=REPO / "docs/records.jsonl", help="a JSON line is appended here")
@@ -233,7 +236,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     runs = time_recipe(folder, options | more, args.repeat, args.timeout)
     record = {kind: reduce_runs(found) for kind, found in runs.items()} | {"baselines": {}}
     if args.baseline:
-        record["baselines"][args.baseline] = reduce_runs(time_baseline(folder, options, args.repeat, args.timeout))
+        try:
+            record["baselines"][args.baseline] = reduce_runs(time_baseline(folder, options, args.repeat, args.timeout))
+        except NoStep as error:
+            print(f"FAILED, and the record is without it: {error}", flush=True)
     return record
 
 

@@ -67,13 +67,15 @@ def test_the_recipe_is_timed_up_to_its_first_step(script: ModuleType, folder: Pa
 
 def printing(*lines: str, first: str = "", then: str = "") -> list[str]:
     """A process that does something, prints lines 0.2 s apart, and does something else."""
-    return ["-c", f"import subprocess, sys, time\n{first}\nfor line in {lines!r}:\n    print(line, flush=True); time.sleep(0.2)\n{then}"]
+    loop = f"for line in {lines!r}:\n    print(line, flush=True); time.sleep(0.2)"
+    return ["-c", f"import subprocess, sys, time\n{first}\n{loop}\n{then}"]
 
 
 def test_a_process_ends_at_the_last_line_with_all_that_it_started(script: ModuleType, tmp_path: Path) -> None:
     left = tmp_path / "left"
     later = f"import time; time.sleep(1.5); open({str(left)!r}, 'w')"  # as a compiler's worker would
-    command = printing("noise", "a 1", "a 2", "a 3", "b", first=f"subprocess.Popen([sys.executable, '-c', {later!r}])", then="time.sleep(60)")
+    worker = f"subprocess.Popen([sys.executable, '-c', {later!r}])"
+    command = printing("noise", "a 1", "a 2", "a 3", "b", first=worker, then="time.sleep(60)")
     seen = script.seconds_until({"a": "a", "b": "b"}, command, dict(os.environ), 30)
     assert 0.2 <= seen["a"] < seen["b"] - 0.4  # the first of the lines that begin so
     time.sleep(1.5)

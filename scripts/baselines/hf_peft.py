@@ -5,7 +5,7 @@ Random weights, fully supervised rows.
     python scripts/baselines/hf_peft.py --config DIR --max_seq_len 2048 --global_batch_size 4 --activation_checkpointing none
 
 DIR holds a config.json. Prints one JSON object: tokens/s (median of 10 steps after 5), peak allocated GiB, first and last loss.
-With --first_step (scripts/bench_start.py) the weights come from DIR's files, and it ends after one step; a line says what is done.
+With --first_step (scripts/bench_start.py) the weights come from DIR's files; it ends after one step, and lines say how far it is.
 Under torchrun each process takes its share of the batch: adapters by DistributedDataParallel, the whole model by FSDP2, a
 layer at a time. Without a GPU it runs on the CPU, to see that it runs.
 """
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--quantize", default="none")
     parser.add_argument("--full", action="store_true", help="train every weight, without peft")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights; from float32 ones, autocast computes in bf16")
-    parser.add_argument("--first_step", action="store_true", help="with weights from files, one step; prints when each thing is done")
+    parser.add_argument("--first_step", action="store_true", help="one, from DIR's weights; a line when each thing is done")
     args = parser.parse_args()
     say = partial(print, flush=True) if args.first_step else lambda *_: None
     say("imported")
