@@ -25,6 +25,16 @@ To run a row again: `git checkout COMMIT` and the command.
 | case | tokens/s (min to max) | peak GiB | loss first, last | baseline: tokens/s, GiB (ours / theirs) | GPU | versions | date, commit | command |
 |---|---|---|---|---|---|---|---|---|
 """
+START_HEADER = """
+## The first finished step
+
+Seconds from the start of the process to the recipe's line on step 1, by `scripts/bench_start.py`: real files of the model's shapes, in the page
+cache; "cold" with empty compile caches, "warm" with those of a cold run. Of several runs the median, and all of them in brackets. Beside it the
+seconds at which the imports were done, the model was built, the weights were on the GPU and the data was planned.
+
+| case | cold: seconds (until ...) | warm: seconds (until ...) | baseline: seconds (until ...) | GPU | versions | date, commit | command |
+|---|---|---|---|---|---|---|---|
+"""
 
 
 def recomputed(record: dict) -> str:
@@ -46,25 +56,45 @@ def row(record: dict) -> str:
         f"{name}: {b['tokens_per_s']:,}, {b['peak_alloc_gib']} ({record['tokens_per_s'] / b['tokens_per_s']:.2f}x)"
         for name, b in record["baselines"].items()
     )
-    versions = " ".join(f"{name} {version}" for name, version in record["versions"].items())
     cells = [
         f"`{record['case']}`",
         f"{record['tokens_per_s']:,} ({low:,} to {high:,})",
         f"{record['peak_alloc_gib']:.2f}{recomputed(record)}",
         f"{record['loss_first']:.3f}, {record['loss_last']:.3f}",
         baselines or "none",
-        f"{record['num_gpus']} x {record['gpu']}",
-        versions,
-        f"{record['date']}, {record['commit']}",
-        f"`{record['command']}`",
+        *origin(record),
     ]
     return "| " + " | ".join(cells) + " |\n"
 
 
+def start_row(record: dict) -> str:
+    """One row of the table of first steps."""
+    baselines = ", ".join(f"{name}: {start_time(runs)}" for name, runs in record["baselines"].items())
+    cells = [f"`{record['case']}`", start_time(record["cold"]), start_time(record["warm"]), baselines or "none", *origin(record)]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def start_time(runs: dict) -> str:
+    """The median run's seconds, all runs' where there are several, and the median run's way there."""
+    each = f" [{', '.join(f'{seconds:.1f}' for seconds in runs['all_seconds'])}]" if len(runs["all_seconds"]) > 1 else ""
+    way = ", ".join(f"{name} {seconds:.1f}" for name, seconds in list(runs["until"].items())[:-1])
+    return f"{runs['seconds']:.1f}{each} ({way})"
+
+
+def origin(record: dict) -> list[str]:
+    """The cells on where, with what, when and how it was measured."""
+    versions = " ".join(f"{name} {version}" for name, version in record["versions"].items())
+    machine = f"{record['num_gpus']} x {record['gpu']}"
+    return [machine, versions, f"{record['date']}, {record['commit']}", f"`{record['command']}`"]
+
+
 def render() -> str:
     """The whole page."""
-    records = [json.loads(line) for line in (DOCS / "records.jsonl").read_text().splitlines() if line.strip()]
-    return HEADER + "".join(row(record) for record in reversed(records))
+    lines = (DOCS / "records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in reversed(lines) if line.strip()]
+    steps = "".join(row(record) for record in records if "tokens_per_s" in record)
+    starts = "".join(start_row(record) for record in records if "cold" in record)
+    return HEADER + steps + (START_HEADER + starts if starts else "")
 
 
 def main() -> None:

@@ -142,6 +142,8 @@ class _Slot:
             self.value = torch.zeros(shape, dtype=self.dtype(dtype), device="cpu" if self.on_host() else device)
             self.value = placed(self.value, device) if self.on_host() else self.value
         held = piece.rows_of(tensor, rows.start, rows.stop)
+        if held.dtype != self.value.dtype:  # cast where it goes: an assignment casts on the CPU, and moves bf16 as fp32
+            held = held.to(self.value.device)
         start = max(piece.start - rows.start, 0)
         self.value[start : start + len(held)] = held
         self.num_read += 1

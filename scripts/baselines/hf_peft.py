@@ -5,6 +5,7 @@ Random weights, fully supervised rows.
     python scripts/baselines/hf_peft.py --config DIR --max_seq_len 2048 --global_batch_size 4 --activation_checkpointing none
 
 DIR holds a config.json. Prints one JSON object: tokens/s (median of 10 steps after 5), peak allocated GiB, first and last loss.
+With --first_step (scripts/bench_start.py) the weights come from DIR's files; it ends after one step, and lines say how far it is.
 Under torchrun each process takes its share of the batch: adapters by DistributedDataParallel, the whole model by FSDP2, a
 layer at a time. Without a GPU it runs on the CPU, to see that it runs.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,24 @@ def where_is(model: torch.nn.Module, name: str) -> str:
     return next((path for path, _ in model.named_modules() if path.endswith(f".{name}")), "")
 
 
+def adapted_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The model on the device, with its adapters unless all of it is trained."""
+    config = AutoConfig.from_pretrained(args.config)
+    stored = {"dtype": getattr(torch, args.dtype), "attn_implementation": "sdpa"}
+    if args.first_step:
+        model = AutoModelForCausalLM.from_pretrained(args.config, device_map=device, **stored)
+    else:
+        with device:
+            model = AutoModelForCausalLM.from_config(config, **stored)
+    if args.full:
+        return model
+    # A mixture's experts are stacked parameters there, and no linears: adapted by their names.
+    mixture = getattr(config, "num_experts", None) is not None
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if mixture else {}
+    targets = [name for name in TARGETS if not mixture or "self_attn" in where_is(model, name)]
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, **experts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
@@ -54,7 +74,10 @@ def main() -> None:
     parser.add_argument("--quantize", default="none")
     parser.add_argument("--full", action="store_true", help="train every weight, without peft")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights; from float32 ones, autocast computes in bf16")
+    parser.add_argument("--first_step", action="store_true", help="one, from DIR's weights; a line when each thing is done")
     args = parser.parse_args()
+    say = partial(print, flush=True) if args.first_step else lambda *_: None
+    say("imported")
     if args.quantize != "none":
         raise SystemExit("error: the baseline has no NF4 base (bitsandbytes is not used here)")
     if WORLD > 1:
@@ -63,15 +86,8 @@ def main() -> None:
     if KIND == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(args.config)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
-    if not args.full:
-        # A mixture's experts are stacked parameters there, and no linears: adapted by their names.
-        mixture = getattr(config, "num_experts", None) is not None
-        experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if mixture else {}
-        targets = [name for name in TARGETS if not mixture or "self_attn" in where_is(model, name)]
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, **experts))
+    model = adapted_model(args, device)
+    say("loaded")
     if args.activation_checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -83,7 +99,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(params, lr=2e-5 if args.full else 2e-4, weight_decay=0.0, fused=True)
     in_bf16 = args.dtype == "float32" and not (args.full and WORLD > 1)  # FSDP2 casts by itself
     rates, losses = [], []
-    for _ in range(15):
+    for _ in range(1 if args.first_step else 15):
         ids = torch.randint(0, 1024, (args.global_batch_size // WORLD, args.max_seq_len), device=device)
         torch.cuda.synchronize() if KIND == "cuda" else None
         start = time.perf_counter()
@@ -95,6 +111,9 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         rates.append(WORLD * ids.numel() / (time.perf_counter() - start))
+        say(f"step {len(losses)}/1  loss {losses[-1]:.4f}")
+    if args.first_step:
+        return
     result = {
         "tokens_per_s": round(statistics.median(rates[5:])),
         "peak_alloc_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if KIND == "cuda" else 0.0,
