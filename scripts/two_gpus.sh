@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The records of many GPUs on one host, a group at a time, each within 10 minutes on 2 H200s (model.weights=random throughout).
-#   scripts/two_gpus.sh OUT_DIR [GROUP ...]     groups: tests curve lora qlora full offload; without one, all of them in this order
+#   scripts/two_gpus.sh OUT_DIR [GROUP ...]     groups: tests curve one lora qlora full offload; without one, all of them in this order
 # Logs and records.jsonl go to OUT_DIR; GPUS (2) is how many. A line of docs/records.jsonl per case, then scripts/render_records.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,16 +35,18 @@ for method in ("lora", "full"):
     assert len(one) == len(many)
     print(f"{method}: {len(one)} steps, losses differ by at most {max(abs(a / b - 1) for a, b in zip(many, one)):.1e} (relative)")
 PY
+    one) # on one GPU each, two at a time: what the rates per GPU below are held against
+      CUDA_VISIBLE_DEVICES=0 bench lora_8b_bf16_2048x4_noac &
+      CUDA_VISIBLE_DEVICES=1 bench qlora_8b_nf4_2048x4_ac
+      wait
+      CUDA_VISIBLE_DEVICES=0 bench full_8b_bf16_2048x4_ac ;; # 16 bytes a parameter are 120 GiB
     lora) # targets: 98% per GPU with the base on each, 95% divided
-      bench lora_8b_bf16_2048x4_noac --baseline hf_peft
       bench lora_8b_bf16_2048x4_noac --gpus "$gpus" --baseline hf_peft
       bench lora_8b_bf16_2048x4_noac --gpus "$gpus" --option model.shard=all ;;
     qlora)
-      bench qlora_8b_nf4_2048x4_ac
       bench qlora_8b_nf4_2048x4_ac --gpus "$gpus"
       bench qlora_8b_nf4_2048x4_ac --gpus "$gpus" --option model.shard=all ;;
-    full) # target: 90% per GPU; 16 bytes a parameter are 120 GiB on the one
-      bench full_8b_bf16_2048x4_ac
+    full) # target: 90% per GPU
       bench full_8b_bf16_2048x4_ac --gpus "$gpus" --baseline hf_peft ;;
     offload) # 51 GiB of host memory; the same on the device, to see what it costs
       for n in 1 "$gpus"; do
@@ -55,7 +57,7 @@ PY
   esac
 }
 
-[[ $# -eq 0 ]] && set -- tests curve lora qlora full offload
+[[ $# -eq 0 ]] && set -- tests curve one lora qlora full offload
 for group in "$@"; do
   echo "== $group"
   run_group "$group"
