@@ -6,6 +6,7 @@ The GPU is simulated: it works through what it is given, and nothing arrives fro
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def written(out: Path) -> list[int]:
     return [record["step"] for record in records(out)]
 
 
+def untimed(out: Path) -> list[dict[str, Any]]:
+    timings = ("tokens_per_s", "peak_memory_gib", "eta_s")
+    return [{name: value for name, value in record.items() if name not in timings} for record in records(out)]
+
+
 @pytest.mark.parametrize("log_every", [1, 3])
 def test_late_records_are_those_read_at_once(log_every: int, gpu: Gpu, tmp_path: Path) -> None:
     """All their fields, each of its own step, whatever the next step's are by then."""
@@ -99,12 +105,10 @@ def test_late_records_are_those_read_at_once(log_every: int, gpu: Gpu, tmp_path:
             log.constant(recomputed_blocks=step)
             log_steps(log, step, step)
         log.close()
-    at_once, late = (records(tmp_path / str(late)) for late in (False, True))
-    assert [list(record) for record in late] == [list(record) for record in at_once]
-    timings = ("tokens_per_s", "peak_memory_gib", "eta_s")
-    for mine, expected in zip(late, at_once, strict=True):
-        assert {k: v for k, v in mine.items() if k not in timings} == {k: v for k, v in expected.items() if k not in timings}
-    assert [record["recomputed_blocks"] for record in late] == written(tmp_path / "True") == ([3, 6, 8] if log_every == 3 else [*range(1, 9)])
+    at_once, late = untimed(tmp_path / "False"), untimed(tmp_path / "True")
+    assert late == at_once and [list(record) for record in late] == [list(record) for record in at_once]
+    assert [record["recomputed_blocks"] for record in late] == [record["step"] for record in late]
+    assert written(tmp_path / "True") == ([3, 6, 8] if log_every == 3 else [*range(1, 9)])
 
 
 def test_a_record_comes_with_the_next_step(gpu: Gpu, tmp_path: Path) -> None:
@@ -216,33 +220,53 @@ def test_where_nothing_can_be_pinned_the_copy_waits(monkeypatch: pytest.MonkeyPa
     assert interval.to_host(values).tolist() == [1.0, 2.0]
 
 
+def train_on_gpu(out: Path) -> list[int]:
+    """9 steps, a record every second one, a pause after the 4th. Returns how many records there were after each step."""
+    run, counts = TinyRun(), []
+    run.model.cuda()  # in place
+    log = RunLogger(RunConfig(out=str(out), log_every=2), {}, torch.device("cuda"))
+    log.begin(total_steps=9, steps_per_epoch=9)
+    for step in range(1, 10):
+        loss = (run.model(torch.randn(4, 64).cuda()) - random.random()).square().sum()
+        loss.backward()
+        norm, found_inf = clip_and_check(run.params, 1.0, loss)
+        step_optimizer(run.optimizer, found_inf)
+        run.optimizer.zero_grad()
+        log.figures(4, {"margin": loss.detach() * 2})
+        log.latest(aux_loss=loss.detach() / 3)
+        log.step(step, loss=loss, supervised=256, tokens=256, lr=0.1, grad_norm=norm, found_inf=found_inf)
+        counts.append(len(written(out)))
+        assert log._pending is None or log._pending.totals._values.is_pinned()
+        if step == 4:
+            with log.paused():
+                log.validation(step, valid_loss=loss.item())
+    log.close()
+    return counts
+
+
 @pytest.mark.gpu
 def test_late_records_of_a_gpu_are_those_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, logs = torch.device("cuda"), []
-    for short in (-1.0, math.inf):  # all at once, all late
-        monkeypatch.setattr(metrics, "SHORT_STEP", short)
-        out, seen = tmp_path / str(short), []
-        run = TinyRun()
-        run.model.cuda()  # in place
-        log = RunLogger(RunConfig(out=str(out), log_every=2), {}, device)
-        log.begin(total_steps=9, steps_per_epoch=9)
-        for step in range(1, 10):
-            loss = (run.model(torch.randn(4, 64).to(device)) - random.random()).square().sum()
-            loss.backward()
-            norm, found_inf = clip_and_check(run.params, 1.0, loss)
-            step_optimizer(run.optimizer, found_inf)
-            run.optimizer.zero_grad()
-            log.figures(4, {"margin": loss.detach() * 2})
-            log.latest(aux_loss=loss.detach() / 3)
-            log.step(step, loss=loss, supervised=256, tokens=256, lr=0.1, grad_norm=norm, found_inf=found_inf)
-            seen.append(written(out))
-            if log._pending:
-                assert log._pending.totals._values.is_pinned()
-            if step == 4:
-                with log.paused():
-                    log.validation(step, valid_loss=loss.item())
-        log.close()
-        logs.append(deterministic(out))
-        assert all(record.get("tokens_per_s", 1.0) > 0 for record in records(out))
-        assert len(seen[1]) == (0 if short > 0 else 1) and len(seen[2]) == 1
-    assert logs[1] == logs[0] and [record["step"] for record in logs[0]] == [2, 4, 4, 6, 8, 9]
+    monkeypatch.setattr(metrics, "SHORT_STEP", -1.0)
+    assert train_on_gpu(tmp_path / "at once") == [0, 1, 1, 2, 3, 4, 4, 5, 6]
+    monkeypatch.setattr(metrics, "SHORT_STEP", math.inf)
+    assert train_on_gpu(tmp_path / "late") == [0, 0, 1, 1, 3, 3, 4, 4, 6]
+    assert deterministic(tmp_path / "late") == deterministic(tmp_path / "at once")
+    assert written(tmp_path / "late") == [2, 4, 4, 6, 8, 9]
+    assert all(record.get("tokens_per_s", 1.0) > 0 for record in records(tmp_path / "late"))
+
+
+@pytest.mark.gpu
+def test_a_late_record_has_the_time_of_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last one, which is read right after the one before it."""
+    monkeypatch.setattr(metrics, "SHORT_STEP", math.inf)
+    one = torch.ones((), device="cuda")
+    log = RunLogger(RunConfig(out=str(tmp_path)), {}, one.device)
+    log.begin(total_steps=10, steps_per_epoch=10)
+    start = time.perf_counter()
+    for step in range(1, 11):
+        time.sleep(0.05)
+        log.step(step, loss=one, supervised=1, tokens=1000, lr=0.1, grad_norm=one, found_inf=one * 0)
+    wall = time.perf_counter() - start
+    seconds = [1000 / record["tokens_per_s"] for record in records(tmp_path)]
+    assert seconds[1:] == pytest.approx([0.05] * 9, rel=0.3)
+    assert sum(seconds) == pytest.approx(wall, rel=0.1)
