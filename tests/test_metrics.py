@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from torchft import metrics
+from torchft import interval, metrics
 from torchft.config import RunConfig
 from torchft.errors import UserError
 from torchft.metrics import DETERMINISTIC_FIELDS, RunLogger, cut_log
@@ -193,7 +193,7 @@ def test_lines_and_the_progress_bar_share_a_terminal(tmp_path: Path, monkeypatch
 
 def test_time_outside_training_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(interval.time, "perf_counter", lambda: now)
     log = make_logger(tmp_path)
     log.begin(total_steps=10, steps_per_epoch=10)
     for step, seconds in enumerate((50.0, 2.0, 4.0), start=1):  # the first compiles
@@ -240,15 +240,25 @@ def test_a_full_disk_under_the_log_is_a_clear_error(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.gpu
-def test_only_log_steps_wait_for_the_gpu(tmp_path: Path) -> None:
-    device = torch.device("cuda")
+def test_only_records_wait_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, for their own event; nothing else does."""
+    device, wait, waits = torch.device("cuda"), interval.Moment.wait, []
+
+    def allowed(moment: interval.Moment) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append(moment)
+        wait(moment)
+        torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(interval.Moment, "wait", allowed)
     log = RunLogger(RunConfig(out=str(tmp_path), log_every=3), {}, device)
     log.begin(total_steps=9, steps_per_epoch=9, flops_per_token=1e6)
     one = torch.ones((), device=device)
-    for step in range(1, 10):
-        torch.cuda.set_sync_debug_mode("default" if step % 3 == 0 else "error")
-        try:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 10):
             log.step(step, loss=one, supervised=1, tokens=9, lr=0.1, grad_norm=one, found_inf=one * 0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 3
     assert [record["loss"] for record in records(tmp_path)] == [1.0, 1.0, 1.0]

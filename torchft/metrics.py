@@ -1,9 +1,10 @@
 """The run's log: a line on the terminal and a JSON object in out/log.jsonl per log step, trackers, the resolved config.
 
-Between log steps only device tensors are added up; the device is waited for once per log step. Every record begins
-with the fields that a resumed run repeats bit for bit (DETERMINISTIC_FIELDS); timings follow. Everything printed or
-written goes through redact.py. Of several processes the first prints and writes; figures are those of the whole run, but
-for memory, which is the first one's.
+Between log steps only device tensors are added up; the device is waited for once per record. A GPU whose steps are short is
+given the next step first: the record, or the error of a step that was not finite, comes while it works on that, so that it is
+never without work because of the log. Nothing is validated or saved before. Every record begins with the fields that a resumed
+run repeats bit for bit (DETERMINISTIC_FIELDS); timings follow. Everything printed or written goes through redact.py. Of several
+processes the first prints and writes; figures are those of the whole run, but for memory, which is the first one's.
 """
 
 import json
@@ -11,12 +12,11 @@ import math
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from torchft.atomic import replace_bytes
 from torchft.config import RunConfig
 from torchft.errors import UserError
+from torchft.interval import Clock, Interval, Totals
 from torchft.losses import FIGURES
 from torchft.ranks import rank, world_size
 from torchft.redact import redact, redact_text
@@ -36,6 +37,19 @@ from torchft.trackers import Trackers
 DETERMINISTIC_FIELDS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "epoch", "valid_loss", "exact_match")
 DETERMINISTIC_FIELDS += ("aux_loss", *FIGURES, *(f"valid_{name}" for name in FIGURES))
 SHOWN = ("aux_loss", "margin", "accuracy", "kl")  # of those, on the terminal
+# Seconds per step, up to which a GPU's records are read a step late. Of longer ones the milliseconds without work are less than
+# one in a hundred, and a person would wait for the line. Processes may differ in it: none waits for another's log.
+SHORT_STEP = 1.0
+
+
+class Pending(NamedTuple):
+    """A record before it is read."""
+
+    step: int
+    lr: float
+    totals: Totals
+    peak_memory_gib: float
+    constants: dict[str, float]
 
 
 class RunLogger:
@@ -55,6 +69,8 @@ class RunLogger:
             raise UserError(f"run.out={run.out} cannot be written: {error.strerror}; choose another directory") from None
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._interval = Interval(device)
+        self._runs_behind = device.type == "cuda"  # the device, behind what it is given
+        self._pending: Pending | None = None
         self._constants: dict[str, float] = {}
         self._latest: dict[str, Tensor] = {}
         for group, options in self._config.items():
@@ -112,7 +128,7 @@ class RunLogger:
             leave=False,
             disable=not (self._writes and sys.stderr.isatty()),
         )
-        self._clock = Clock()
+        self._clock = Clock(self._device)
 
     def figures(self, count: int, sums: dict[str, Tensor]) -> None:
         """What else the next record holds, told before each `step`: means over `count` of something, pairs say.
@@ -135,42 +151,54 @@ class RunLogger:
         """Count optimizer step `step` (from 1); at each `run.log_every`-th and the last one, log.
 
         `loss`: sum over the step's `supervised` tokens; `tokens`: all it processed; `grad_norm`, `found_inf`: from
-        clip_and_check. Raises UserError, at a log step, if a step since the last one was not finite.
+        clip_and_check. Raises UserError, at a log step or one step later, if a step since the last one was not finite.
         """
-        interval = self._interval
-        interval.add(step, loss, supervised, tokens, grad_norm, found_inf)
+        self._interval.add(step, loss, supervised, tokens, grad_norm, found_inf)
         self._bar.update(1)
-        if step % self._run.log_every and step != self._total_steps:
+        self._finish()  # only now: the device has this whole step to do
+        last = step == self._total_steps
+        if step % self._run.log_every and not last:
             return
-        loss_sum, norm = interval.read()  # the one wait for the device
-        seconds = self._clock.lap(interval.steps)
-        rate = interval.tokens / seconds
+        totals = Totals(self._interval, self._latest)
+        self._interval.reset()
+        self._pending = Pending(step, lr, totals, round(peak_memory_gib(self._device), 3), dict(self._constants))
+        if last or not self._runs_behind or self._clock.last_step > SHORT_STEP:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Write the record that is pending, if any. Raises UserError if a step of it was not finite."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        step, totals = pending.step, pending.totals
+        sums = totals.wait()  # the one wait for the device
+        rate = totals.tokens / self._clock.lap(totals.end, totals.steps)
         record = {
             "step": step,
-            "loss": loss_sum / max(1, interval.count or interval.supervised),  # per supervised token since the last record
-            "lr": lr,
-            "grad_norm": norm,  # of this step, before clipping
-            **{name: value.item() for name, value in self._latest.items()},
-            "supervised_tokens": interval.supervised,  # since the last record
+            "loss": sums.loss / max(1, totals.count or totals.supervised),  # per supervised token since the last record
+            "lr": pending.lr,
+            "grad_norm": sums.grad_norm,  # of this step, before clipping
+            **sums.latest,
+            "supervised_tokens": totals.supervised,  # since the last record
             "epoch": step / self._steps_per_epoch,
-            **{name: total / max(1, interval.count) for name, total in interval.read_figures().items()},
+            **{name: total / max(1, totals.count) for name, total in sums.figures.items()},
             "tokens_per_s": round(rate, 1),
-            "peak_memory_gib": round(peak_memory_gib(self._device), 3),
+            "peak_memory_gib": pending.peak_memory_gib,
             "mfu": round(rate * self._flops_per_token / (self._peak * world_size()), 4) if self._peak else None,
             "eta_s": round((self._total_steps - step) * self._clock.seconds_per_step(), 1),
-            **self._constants,
+            **pending.constants,
         }
-        interval.reset()
         self._write(record)
         self.print(self._line(record))
 
     def validation(self, step: int, **values: float) -> None:
         """Log what an evaluation after `step` found, such as valid_loss or exact_match."""
+        self._finish()
         self._write({"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()})
         self.print(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _write(self, record: dict[str, Any]) -> None:
-        """Append a record; flushed at once, so that a kill loses none."""
+        """Append a record; flushed at once, so that a kill loses none that is written."""
         with self._writing():
             self._log.write(json.dumps(record, allow_nan=False) + "\n")
             self._log.flush()
@@ -208,25 +236,32 @@ class RunLogger:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around evaluation and saving: their time does not count in tokens/s and ETA."""
-        self._clock.pause(self._device)
+        """Around evaluation and saving: their time does not count in tokens/s and ETA.
+
+        Raises UserError if a step of the last record was not finite.
+        """
+        self._finish()
+        self._clock.pause()
         yield
-        self._clock.resume(self._device)
+        self._clock.resume()
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: the sums since the last record, exactly; all records are on the disk afterwards.
 
         Raises UserError if a step since the last record was not finite: such a run must not be saved.
         """
-        loss_sum, _ = self._interval.read()
+        self._finish()
+        totals = Totals(self._interval, {})
+        sums = totals.wait()
         with self._writing():
             if self._writes:
                 os.fsync(self._log.fileno())
-        more = {"count": self._interval.count, "figures": self._interval.read_figures()}
-        return {"loss_sum": loss_sum, "supervised": self._interval.supervised, "wandb_id": self._trackers.wandb_id()} | more
+        more = {"count": totals.count, "figures": sums.figures}
+        return {"loss_sum": sums.loss, "supervised": totals.supervised, "wandb_id": self._trackers.wandb_id()} | more
 
     def close(self) -> None:
         """After the last step."""
+        self._finish()
         self._bar.close()
         self._log.close()
         self._trackers.close()
@@ -238,102 +273,6 @@ def _shown(key: str, value: Any) -> str:
         sources = [{name: item for name, item in source.items() if item not in ("", {}, "auto")} for source in value]
         value = "[" + ", ".join("{" + ", ".join(f"{n}: {v}" for n, v in source.items()) + "}" for source in sources) + "]"
     return f"{key}={value}"
-
-
-class Interval:
-    """What the steps since the last record add up to. It stays on the device, in fp64: a resume does not round it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        self.grad_norm = torch.zeros((), device=device)
-        self.supervised = 0
-        self.count, self.figures = 0, {}  # see RunLogger.figures
-        self.tokens = 0  # not saved: after a resume tokens/s counts what this process did
-        self.steps = 0
-
-    def add(self, step: int, loss: Tensor, supervised: int, tokens: int, grad_norm: Tensor, found_inf: Tensor) -> None:
-        """One optimizer step; does not wait for the device."""
-        self.loss_sum += loss.detach()
-        found_inf = found_inf.to(self.loss_sum.device)  # from CPU memory, where the gradients are there
-        self.first_bad_step = torch.where((self.first_bad_step == 0) & (found_inf > 0), step, self.first_bad_step)
-        self.grad_norm = grad_norm.detach().to(self.loss_sum.device)
-        self.supervised += supervised
-        self.tokens += tokens
-        self.steps += 1
-
-    def add_figures(self, count: int, sums: dict[str, Tensor]) -> None:
-        """One step's, or those of a checkpoint."""
-        self.count += count
-        for name, value in sums.items():
-            before = self.figures.setdefault(name, torch.zeros_like(self.loss_sum))
-            before += value
-
-    def read_figures(self) -> dict[str, float]:
-        """Their sums; waits for the device."""
-        values = torch.stack(list(self.figures.values())).tolist() if self.figures else []
-        return dict(zip(self.figures, values, strict=True))
-
-    def read(self) -> tuple[float, float]:
-        """The loss sum and the last gradient norm. Raises UserError naming the first step that was not finite."""
-        values = torch.stack([self.loss_sum, self.grad_norm.double(), self.first_bad_step.double()])
-        loss_sum, norm, bad_step = values.tolist()
-        if bad_step:
-            raise UserError(
-                f"step {bad_step:.0f}: the loss or gradient norm is not finite. Its update was skipped (with optim.in_backward, "
-                "that of tensors whose gradient was not finite), and nothing is saved after it. Lower optim.lr, lengthen "
-                "optim.warmup_steps or look at that step's data, then "
-                "continue from the last checkpoint with run.resume=auto"
-            )
-        return loss_sum, norm
-
-    def reset(self) -> None:
-        """After a record."""
-        self.loss_sum.zero_()
-        self.supervised = self.tokens = self.steps = self.count = 0
-        self.figures.clear()
-
-
-class Clock:
-    """Seconds spent in training steps."""
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-        self._before_pause = 0.0
-        self._first_lap: tuple[float, int] | None = None
-        self._seconds = 0.0
-        self._steps = 0
-
-    def lap(self, steps: int) -> float:
-        """Seconds since the last lap, in which `steps` steps ended; the device has been waited for."""
-        now = time.perf_counter()
-        seconds = self._before_pause + now - self._mark
-        self._mark, self._before_pause = now, 0.0
-        self._first_lap = self._first_lap or (seconds, steps)
-        self._seconds += seconds
-        self._steps += steps
-        return seconds
-
-    def seconds_per_step(self) -> float:
-        """Mean over all laps, without the first, which holds compilation, once there are others."""
-        assert self._first_lap is not None, "no lap yet"
-        seconds, steps = self._first_lap if self._steps > self._first_lap[1] else (0.0, 0)
-        return (self._seconds - seconds) / (self._steps - steps)
-
-    def pause(self, device: torch.device) -> None:
-        """Stop after the steps under way."""
-        _wait_for(device)
-        self._before_pause += time.perf_counter() - self._mark
-
-    def resume(self, device: torch.device) -> None:
-        """Go on."""
-        _wait_for(device)
-        self._mark = time.perf_counter()
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def cut_log(path: Path, step: int) -> None:

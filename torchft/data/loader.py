@@ -26,6 +26,7 @@ A pair of answers (preferences.py), [12 13] better than [22] after the prompt [1
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,11 +63,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.tensors().items()})
+        return replace(self, **{name: _send(value, torch.device(device)) for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of the fields that are there, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+def _send(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device. A GPU copies from pinned memory in its turn; for other memory the host may wait until it is there."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        with suppress(RuntimeError):  # none can be pinned: the copy is the same. Had a kernel failed, it would fail as well
+            value = value.pin_memory()  # torch gives the memory to nobody else before the copy is done
+    return value.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
