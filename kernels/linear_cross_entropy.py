@@ -157,8 +157,8 @@ def _walk(
     hidden, weight, scale, labels = inputs
     _check(inputs, chunk_size, eager)
     (num_tokens, width), vocabulary = hidden.shape, len(weight)
-    # An int8 head is decoded anew for each chunk, and its gradient in fp32 read and written: twice as large ones, half as often.
-    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.dtype) * (2 if wanted[1] or scale is not None else 1)
+    # For each chunk an int8 head is decoded anew, and a head's gradient read and written in fp32: larger ones, less often.
+    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.dtype) * (4 if wanted[1] else 1 if scale is None else 2)
     head = weight.to(hidden.dtype) if scale is None else weight  # (V, D)
     ignored = (labels == IGNORE_INDEX)[:, None]  # (N, 1)
     logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)

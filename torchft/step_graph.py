@@ -108,6 +108,7 @@ class StepGraph:
     def _record(self, model: CausalLM, batch: Batch, more: tuple) -> Recorded:
         """Nothing is computed by this. Gradients are as they were afterwards."""
         torch._C._cuda_clearCublasWorkspaces()  # the graph brings its own
+        torch.cuda.empty_cache()  # as capturing begins with: what it takes is counted from here on
         static = replace(batch, **{name: value.clone() for name, value in batch.tensors().items()})
         divisor = torch.ones((), device=batch.input_ids.device)
         before = self._take_grads()
