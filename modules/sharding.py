@@ -31,7 +31,6 @@ class ShardReport:
     num_copies: int  # of the whole model, on groups of that many processes
     num_divided: int  # parameters (tensors)
     kept_whole: tuple[str, ...]  # names of frozen ones that every process holds, because they cannot be divided
-    base_whole: bool  # every process holds all of the base, on purpose
     ends_whole: tuple[str, ...] = ()  # and embed_tokens in CPU memory, lm_head in 8 bits
     in_cpu_memory: bool = False  # each block's weights travel to the device when it computes, their gradients back
 
@@ -39,10 +38,9 @@ class ShardReport:
         processes = self.num_parts * self.num_copies
         if self.in_cpu_memory:
             return f"{self._divided()}, in CPU memory: weights travel block by block, gradients back"
-        if processes == 1:
-            return "1 process: nothing is divided"
-        if self.base_whole:
-            return f"each of {processes} process(es) holds the frozen base; {self.num_divided} trained tensors are divided"
+        if self.num_divided == 0:
+            each = f"each of {processes} processes holds the whole model; gradients are averaged once a step"
+            return each if processes > 1 else "1 process: nothing is divided"
         line = self._divided()
         if self.kept_whole:
             line += (
@@ -60,7 +58,6 @@ def shard_model(
     model: CausalLM,
     mesh: DeviceMesh,
     *,
-    base_whole: bool = False,
     compute_dtype: torch.dtype | None = None,
     in_cpu_memory: bool = False,
 ) -> ShardReport:
@@ -68,8 +65,6 @@ def shard_model(
 
     Args:
         mesh: one dimension of processes that share the rows of a weight, or two, (copies, parts).
-        base_whole: frozen parameters stay whole on every process, and only what is trained is divided: nothing of the base
-            travels, at the price of its memory.
         compute_dtype: of gathered weights, for a model that keeps its own in fp32; gradients are summed in fp32 over the
             processes. None: everything is computed in the weights' own dtypes.
         in_cpu_memory: weights, gradients and so the optimizer's moments stay on the host, in memory that a GPU can copy from
@@ -81,8 +76,8 @@ def shard_model(
     frozen = {name: param for name, param in model.named_parameters() if not param.requires_grad}
     on_host = {id(table) for table in host_tables(model)}
     ends = {name: p for name, p in frozen.items() if id(p) in on_host or is_int8(p)}
-    kept = frozen if base_whole else {name: p for name, p in frozen.items() if _cannot_divide(p, parts)}
-    options = {"mesh": mesh, "ignored_params": {*kept.values(), *ends.values()}, "reshard_after_forward": not base_whole}
+    kept = {name: p for name, p in frozen.items() if _cannot_divide(p, parts)}
+    options = {"mesh": mesh, "ignored_params": {*kept.values(), *ends.values()}}
     if compute_dtype is not None:
         # RoPE's tables, which come as inputs, must stay in fp32: see modules/rope.py
         mixed = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
@@ -90,12 +85,12 @@ def shard_model(
     if in_cpu_memory:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for block in model.model.layers:
-        block.base_stays = base_whole
+        block.base_stays = False
         fully_shard(block, **options)
     # Tables, last norm and head stay gathered from forward to backward, which would gather them again at once.
     fully_shard(model, **options | {"reshard_after_forward": False})
     divided = sum(isinstance(param, DTensor) for param in model.parameters())
-    return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), base_whole, tuple(ends), in_cpu_memory)
+    return ShardReport(parts, mesh.size() // parts, divided, tuple(kept), tuple(ends), in_cpu_memory)
 
 
 def _cannot_divide(param: Tensor, parts: int) -> bool:

@@ -37,6 +37,7 @@ from torchft.distributed import (
     highest,
     join_processes,
     leave_processes,
+    mean_gradients,
     node_leader_first,
     sum_over_processes,
     sync_gradients,
@@ -221,13 +222,14 @@ def main(cfg: Config) -> None:
         pairs, totals = len(loader.step_samples(step - 1)), 0.0
         for batch in batches:
             sync_gradients(model, full or batch is batches[-1])  # an adapter's, which are small, accumulate here first
-            divisor = pairs / world_size()  # FSDP2 takes the mean over processes; the sum is meant
+            divisor = pairs / world_size()  # the mean over processes is taken; the sum is meant
             if updates:  # optim.in_backward: each weight's step and zero_grad happen in here
                 found = batch_loss(model, frozen, batch.to(device), cfg.dpo)
                 grad_norm, found_inf = updates.backward(found[0] / divisor)
                 totals += found.detach()
             else:
                 totals += train_batch(model, batch.to(device), divisor, frozen, cfg.dpo)
+        mean_gradients(params)  # where each process holds all of them; FSDP2 has done it in backward
         loss, *sums = sum_over_processes(totals)
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)

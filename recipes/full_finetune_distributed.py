@@ -166,7 +166,7 @@ def main(cfg: Config) -> None:
         log.latest(**balance_routers(model, batches, device))  # a mixture's auxiliary loss, if config.json asks for it
         loss = torch.zeros((), device=device)
         for batch in batches:
-            divisor = supervised / world_size()  # FSDP2 takes the mean over processes; the sum is meant
+            divisor = supervised / world_size()  # the mean over processes is taken; the sum is meant
             micro_loss = batch_loss(model, batch.to(device))
             if updates:  # optim.in_backward: each weight's step and zero_grad happen in here
                 grad_norm, found_inf = updates.backward(micro_loss / divisor)

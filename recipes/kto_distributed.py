@@ -37,6 +37,7 @@ from torchft.distributed import (
     highest,
     join_processes,
     leave_processes,
+    mean_gradients,
     node_leader_first,
     sum_over_processes,
     sync_gradients,
@@ -211,8 +212,9 @@ def main(cfg: Config) -> None:
         for batch in batches:
             sync_gradients(model, batch is batches[-1])  # accumulate here first
             micro_loss, sums = batch_loss(model, batch.to(device), kl, cfg.kto)
-            (micro_loss * world_size() / len(samples_now)).backward()  # FSDP2 takes the mean over processes; the sum is meant
+            (micro_loss * world_size() / len(samples_now)).backward()  # the mean over processes is taken; the sum is meant
             totals += torch.cat([micro_loss.detach()[None], sums])
+        mean_gradients(params)  # where each process holds all of them; FSDP2 has done it in backward
         loss, *sums = sum_over_processes(totals)
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)

@@ -35,6 +35,7 @@ from torchft.distributed import (
     highest,
     join_processes,
     leave_processes,
+    mean_gradients,
     node_leader_first,
     sum_over_processes,
     sync_gradients,
@@ -177,8 +178,9 @@ def main(cfg: Config) -> None:
         loss = torch.zeros((), device=device)
         for batch in batches:
             sync_gradients(model, batch is batches[-1])  # accumulate here first
-            divisor = supervised / world_size()  # FSDP2 takes the mean over processes; the sum is meant
+            divisor = supervised / world_size()  # the mean over processes is taken; the sum is meant
             loss += train_batch(model, batch.to(device), divisor)
+        mean_gradients(params)  # where each process holds all of them; FSDP2 has done it in backward
         sum_over_processes(loss)
         if new_ids and not cfg.lora.modules_to_save:
             freeze_old_rows(model, new_ids)

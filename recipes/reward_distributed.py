@@ -34,6 +34,7 @@ from torchft.distributed import (
     highest,
     join_processes,
     leave_processes,
+    mean_gradients,
     node_leader_first,
     sum_over_processes,
     sync_gradients,
@@ -165,8 +166,9 @@ def main(cfg: Config) -> None:
         for batch in batches:
             sync_gradients(model, batch is batches[-1])  # accumulate here first
             micro_loss, logged = batch_loss(model, batch.to(device), cfg.reward)
-            (micro_loss * world_size() / pairs).backward()  # FSDP2 takes the mean over processes; the sum is meant
+            (micro_loss * world_size() / pairs).backward()  # the mean over processes is taken; the sum is meant
             totals += torch.stack([micro_loss.detach(), *logged.values()])
+        mean_gradients(params)  # where each process holds all of them; FSDP2 has done it in backward
         loss, *sums = sum_over_processes(totals)
         grad_norm, found_inf = clip_and_check(params, cfg.optim.max_grad_norm, loss)
         step_optimizer(optimizer, found_inf)  # a step that is not finite is skipped, and the log stops the run

@@ -186,7 +186,7 @@ def test_divided_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             for leaf, param in list(module.named_parameters(recurse=False)):
                 values[f"{name}.{leaf}"] = param.detach()
                 setattr(module, leaf, nn.Parameter(param.to("meta"), requires_grad=param.requires_grad))
-        shard_model(model, init_device_mesh("cpu", (2,)), base_whole=False)
+        shard_model(model, init_device_mesh("cpu", (2,)))
         for name, value in values.items():
             module, _, leaf = name.rpartition(".")
             place(model.get_submodule(module), leaf, value)

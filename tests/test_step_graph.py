@@ -60,7 +60,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     recorded: list[str] = []
 
     @contextmanager
-    def graph(made: Replayed) -> Iterator[None]:
+    def graph(made: Replayed, **options: str) -> Iterator[None]:
         yield
         recorded.append("a graph")
 

@@ -13,7 +13,6 @@ from torchft.modules.compiler import missing_compiler
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import rank
 
-
 # Share of what compiled blocks would keep for backward that they may keep. At 0.8 norms and gates are computed again and no product
 # is: of Llama 3.2 1B 12.6 instead of 18.6 tensors the size of the hidden state (at 0.6 attention would be, too).
 # https://pytorch.org/blog/activation-checkpointing-techniques/

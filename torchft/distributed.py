@@ -13,7 +13,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from torchft.config import ModelConfig, OptimConfig, RunConfig
 from torchft.crash import leave_when_another_fails
@@ -28,7 +30,8 @@ from torchft.ranks import local_rank, rank, world_size
 T = TypeVar("T")
 HOST_TIMEOUT = timedelta(hours=24)  # a failed process ends the others at once, see crash.leave_when_another_fails
 STALLED = timedelta(minutes=10)  # for which the devices wait for one of them, before all fail
-FITS = 0.4  # share of a GPU's memory that a frozen base held whole may take
+FITS = 0.4  # share of a GPU's memory that a model held whole may take
+BUCKET = 2**26  # elements of gradients that are whole travel together: 256 MiB
 
 
 def require_single_process(recipe: str, cfg: ModelConfig) -> None:
@@ -94,23 +97,23 @@ def divide(
 ) -> ShardReport:
     """Divide a model on meta as `model.shard` says: over all processes, over groups of n of them, or by what fits.
 
-    auto: a frozen base that takes at most 40% of the GPU stays whole on each process, else (and on CPUs, which share one
-    memory, and where all is trained) it is divided over all. `kept`, `computed`: dtypes of a model trained whole, as it lies
-    and as it is gathered to compute with.
+    auto: a frozen base and its adapters that take at most 40% of the GPU, gradients and moments included, stay whole on each
+    process, else (and on CPUs, which share one memory, and where all is trained) they are divided over all. Nothing travels
+    of what is whole but the adapters' gradients: `mean_gradients`. `kept`, `computed`: dtypes of a model trained whole, as
+    it lies and as it is gathered to compute with.
     """
     world = world_size()
     in_cpu_memory = "weights" in cfg.offload
     if world == 1 and kept == computed and not in_cpu_memory:
-        return ShardReport(1, 1, 0, (), False)  # FSDP2 would copy every weight for nothing
+        return ShardReport(1, 1, 0, ())  # FSDP2 would copy every weight for nothing
     parts = int(cfg.shard) if cfg.shard.isdecimal() else world
-    base_whole = False
     if not all(param.requires_grad for param in model.parameters()):
-        base_whole = parts == 1 or (cfg.shard == "auto" and device.type == "cuda" and _fits(model, cfg, device))
-        base_whole = not highest(int(not base_whole))  # GPUs of two sizes: one answer
-        parts = world if base_whole else parts
+        whole = parts == 1 or (cfg.shard == "auto" and device.type == "cuda" and _fits(model, cfg, device))
+        if not highest(int(not whole)):  # GPUs of two sizes: one answer
+            return ShardReport(1, world, 0, ())
     shape, names = ((world,), ("shard",)) if parts == world else ((world // parts, parts), ("copies", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return shard_model(model, mesh, base_whole=base_whole, compute_dtype=computed, in_cpu_memory=in_cpu_memory)
+    return shard_model(model, mesh, compute_dtype=computed, in_cpu_memory=in_cpu_memory)
 
 
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
@@ -124,13 +127,40 @@ def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
         return nf4.BYTES if isinstance(param, nf4.NF4Tensor) else dense_bytes
 
     frozen_bytes = sum(param.numel() * each(param) for param in frozen_on_device(model))
-    return frozen_bytes <= FITS * torch.cuda.get_device_properties(device).total_memory
+    trained_bytes = sum(16 * param.numel() for param in model.parameters() if param.requires_grad)  # fp32, gradient, two moments
+    return frozen_bytes + trained_bytes <= FITS * torch.cuda.get_device_properties(device).total_memory
 
 
 def sync_gradients(model: CausalLM, now: bool) -> None:
-    """Whether the next backward sums gradients over the processes, or each adds its own to those that it has."""
-    if world_size() > 1:
+    """Of a divided model: whether the next backward averages gradients over the processes, or each adds to those that it has."""
+    if any(isinstance(param, DTensor) for param in model.parameters()):
         model.set_requires_gradient_sync(now)
+
+
+@torch.no_grad()
+def mean_gradients(params: dict[str, nn.Parameter]) -> None:
+    """Average the gradients of parameters that every process holds whole, in place; FSDP2 does so with divided ones in backward.
+
+    Once a step, behind the last backward. All processes must call it with the same parameters.
+    """
+    held = [param for param in params.values() if not isinstance(param, DTensor)]
+    for bucket in _buckets(held) if world_size() > 1 else ():
+        grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in bucket]
+        flat = sum_over_processes(torch.cat([grad.flatten() for grad in grads])) / world_size()
+        for param, mean in zip(bucket, flat.split([grad.numel() for grad in grads]), strict=True):
+            param.grad = mean.view_as(param)
+
+
+def _buckets(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """In their order, each but the last of at least BUCKET elements together."""
+    bucket: list[nn.Parameter] = []
+    for param in params:
+        bucket.append(param)
+        if sum(each.numel() for each in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:

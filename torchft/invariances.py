@@ -28,7 +28,7 @@ from torchft.data.dataset import Dataset
 from torchft.data.loader import Batch, make_batch
 from torchft.data.packing import plan_rows
 from torchft.device import compile_blocks
-from torchft.distributed import divide, join_processes, leave_processes
+from torchft.distributed import divide, join_processes, leave_processes, mean_gradients
 from torchft.dry_run import Options, WholeOptions
 from torchft.errors import UserError
 from torchft.fuse import swap, why_no_kernels
@@ -121,6 +121,7 @@ def gradients(model: CausalLM, batches: Iterable[Batch], supervised: int, device
         on_device = batch.to(device)
         loss = model(on_device.input_ids, positions=on_device.positions, documents=on_device.documents, labels=on_device.labels)
         (loss * world_size() / supervised).backward()
+    mean_gradients(trainable_parameters(model))
     return {name: _gradient(param) for name, param in trainable_parameters(model).items()}
 
 

@@ -115,7 +115,8 @@ class StepGraph:
         traffic, graph, reserved = model.model.checkpointing.traffic, torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
         sent = traffic.sent if traffic else 0
         try:
-            with torch.cuda.graph(graph):
+            # Other threads may ask the GPU things meanwhile: NCCL's, which looks after its own, or one that writes a checkpoint.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 sums = self._run(model, static, divisor, *more)
         except RuntimeError as error:
             error.add_note("This came up while a step was recorded; model.kernels={graph: eager} launches kernel by kernel.")

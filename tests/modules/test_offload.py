@@ -324,7 +324,7 @@ def test_divided_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             kept = getattr(model.get_submodule(module), leaf).requires_grad
             setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value.to("meta"), requires_grad=kept))
         offloaded(model)
-        shard_model(model, init_device_mesh("cpu", (2,)), base_whole=False)
+        shard_model(model, init_device_mesh("cpu", (2,)))
         for name, value in values.items():
             module, _, leaf = name.rpartition(".")
             place(model.get_submodule(module), leaf, value)

@@ -69,7 +69,7 @@ def test_nf4_parts_are_bitwise_parts_and_take_their_share_of_memory(tmp_path: Pa
         if fused:
             swap(empty, tuple(name for name in KERNELS if name != "lora"))
             apply_activation_checkpointing(empty, "every_2")
-        report = shard_model(empty, init_device_mesh("cpu", (processes,)), base_whole=False)
+        report = shard_model(empty, init_device_mesh("cpu", (processes,)))
         assert not report.kept_whole
         for name, value in values.items():
             module, _, leaf = name.rpartition(".")
