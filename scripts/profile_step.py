@@ -2,11 +2,12 @@
 
     python scripts/profile_step.py lora_8b_fp8_2048x4_noac
     python scripts/profile_step.py full_1b_bf16_2048x4_noac --option optim.in_backward=true --option optim.max_grad_norm=0
+    python scripts/profile_step.py lora_8b_bf16_2048x4_noac --gpus 2 --option model.shard=all
     python scripts/profile_step.py --trace out/profile/trace.json          # of a run with run.profile_steps=8
 
 The last STEPS of the recorded steps are looked at, in which a CUDA graph is replayed if there is one. Times are of the GPU, in ms per
 step, from the beginning of the first step to the end of the last one, as the CPU sees them (the GPU is a step behind where the log
-is read late, see torchft/metrics.py): products, attention, what is left of the kernels (bound by memory, mostly), copies, and what no
+is read late, see torchft/metrics.py): products, attention, what is left of the kernels (bound by memory, mostly), copies, communication, and what no
 stream works in. Where streams work side by side the kinds' sum is larger than the step by what stands as overlapped. The profiler slows
 the CPU: the step without it stands below, from the steps behind the window.
 """
@@ -24,6 +25,7 @@ import bench_recipe
 STEPS = 4
 RECORDED = 8  # the first ones launch kernel by kernel, and record the graph
 KINDS = (  # the first pattern found in a kernel's name decides
+    ("communication", r"nccl"),
     ("attention", r"flash|fmha|sdpa|cudnn|flex|attention"),
     ("products", r"gemm|nvjet|cutlass|xmma|cublas|splitk|_mm_|scaled_mm"),
     ("copies", r"^Memcpy|^Memset"),
@@ -91,6 +93,7 @@ def render(profile: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="?", help="see bench_recipe.py --list")
+    parser.add_argument("--gpus", type=int, default=0, help="a distributed recipe on so many GPUs; the first one's work is shown")
     parser.add_argument("--option", action="append", default=[], help="one more of the recipe's")
     parser.add_argument("--trace", type=Path, help="of a run made before, instead of a case")
     parser.add_argument("--steps", type=int, default=STEPS, help="how many, the last ones of the trace")
@@ -104,7 +107,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as name:
             options = [*args.option, f"run.out={name}/out", f"run.profile_steps={RECORDED}"]
-            bench_recipe.run_recipe(args.case, args.timeout, 0, options)
+            bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
             log = [json.loads(line) for line in Path(name, "out/log.jsonl").read_text().splitlines()]
             rates = [record["tokens_per_s"] for record in log if "tokens_per_s" in record][2 + RECORDED :]
             profile = {"case": args.case, "options": args.option, "tokens_per_s": round(statistics.median(rates))}
