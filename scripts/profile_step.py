@@ -7,9 +7,9 @@
 
 The last STEPS of the recorded steps are looked at, in which a CUDA graph is replayed if there is one. Times are of the GPU, in ms per
 step, from the beginning of the first step to the end of the last one, as the CPU sees them (the GPU is a step behind where the log
-is read late, see torchft/metrics.py): products, attention, what is left of the kernels (bound by memory, mostly), copies, communication, and what no
-stream works in. Where streams work side by side the kinds' sum is larger than the step by what stands as overlapped. The profiler slows
-the CPU: the step without it stands below, from the steps behind the window.
+is read late, see torchft/metrics.py): products, attention, what is left of the kernels (bound by memory, mostly), copies,
+communication, and what no stream works in. Where streams work side by side the kinds' sum is larger than the step by what stands as
+overlapped. The profiler slows the CPU: the step without it stands below, from the steps behind the window.
 """
 
 import argparse
