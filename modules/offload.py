@@ -85,7 +85,8 @@ class HostMemory:
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pinned)
         except RuntimeError as error:
-            raise CannotPin("activations", num_bytes, "lower run.micro_batch_size", error) from error
+            advice = "lower run.micro_batch_size, have only block_inputs travel"
+            raise CannotPin("activations", num_bytes, advice, error) from error
 
     def give(self, buffer: Tensor) -> None:
         """Back for others."""

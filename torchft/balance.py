@@ -36,4 +36,4 @@ def balance_routers(model: CausalLM, batches: Sequence[Batch], device: torch.dev
         here = batch.to(device)
         model(here.input_ids, positions=here.positions, documents=here.documents, branches=here.branches, last_only=True)
     sum_over_processes(balance.sums)
-    return {"aux_loss": balance.finish(scale=world_size())}  # of which FSDP2 takes the mean over processes
+    return {"aux_loss": balance.finish(scale=world_size())}  # of its gradient the mean over processes is taken

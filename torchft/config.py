@@ -22,7 +22,7 @@ class ModelConfig:
     offload: list[str] = field(default_factory=list)  # to CPU memory: activations or block_inputs (of recomputed blocks), embeddings, weights
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
     kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py and step_graph.py
-    shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 for a frozen base that fits, else all)
+    shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 where a frozen base and its adapters fit, else all)
 
 
 @dataclass

@@ -139,14 +139,15 @@ def sync_gradients(model: CausalLM, now: bool) -> None:
 
 @torch.no_grad()
 def mean_gradients(params: dict[str, nn.Parameter]) -> None:
-    """Average the gradients of parameters that every process holds whole, in place; FSDP2 does so with divided ones in backward.
+    """Average the gradients of parameters that every process holds whole; FSDP2 does so with divided ones in backward.
 
-    Once a step, behind the last backward. All processes must call it with the same parameters.
+    Once a step, behind the last backward. All processes must call it with the same parameters. They get the same bits, and an
+    update of the same moments keeps it so: nothing else ever makes the processes' parameters equal again.
     """
     held = [param for param in params.values() if not isinstance(param, DTensor)]
     for bucket in _buckets(held) if world_size() > 1 else ():
         grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in bucket]
-        flat = sum_over_processes(torch.cat([grad.flatten() for grad in grads])) / world_size()
+        flat = sum_over_processes(torch.cat([grad.flatten() for grad in grads])).div_(world_size())
         for param, mean in zip(bucket, flat.split([grad.numel() for grad in grads]), strict=True):
             param.grad = mean.view_as(param)
 

@@ -246,12 +246,13 @@ def test_torchaos_compiled_update_takes_divided_states(tmp_path: Path, monkeypat
     torch.testing.assert_close(with_compiler, without, rtol=0, atol=1e-4)  # a code may fall to the other side
 
 
-def test_lora_trains_and_continues_with_it(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["all", "1"])
+def test_lora_trains_and_continues_with_it(small_model: Path, chat_data: Path, tmp_path: Path, shard: str) -> None:
     more = (*BASE, "optim.name=adamw_8bit", "lora.rank=64")
     lora_single_device.main(options(small_model, chat_data, tmp_path / "one", *more))
     for out, steps in (("straight", (4,)), ("stopped", (2, 4))):
         for last in steps:
-            more_still = (f"run.max_steps={last}", "run.resume=auto", "optim.schedule=constant")
+            more_still = (f"run.max_steps={last}", "run.resume=auto", "optim.schedule=constant", f"model.shard={shard}")
             cfg = options(small_model, chat_data, tmp_path / out, *more, *more_still)
             codes = run_processes(2, lambda _: lora_distributed.main(cfg), tmp_path / out)  # noqa: B023
             assert codes == [0, 0], problems(tmp_path / out)

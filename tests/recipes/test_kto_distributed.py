@@ -115,7 +115,7 @@ def test_cutting_a_step_differently_changes_nothing(
     assert_same_run(train(1, small_model, verdict_data, tmp_path, "run.log_every=2", *more), straight)
 
 
-@pytest.mark.parametrize("more", [["model.quantize=nf4"], PACKED], ids=["qlora", "packed"])
+@pytest.mark.parametrize("more", [["model.quantize=nf4"], PACKED, ["model.shard=1"]], ids=["qlora", "packed", "whole"])
 def test_any_number_of_processes_gives_one_curve(
     small_model: Path, verdict_data: Path, tmp_path: Path, more: list[str]
 ) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from processes import problems, run_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lora_single_device import log_records, options, relative_error
 
 from torchft.checks import KERNELS
 from torchft.errors import ConfigError
 from torchft.fuse import swap
+from torchft.modules.lora import trainable_parameters
 from torchft.modules.sharding import whole
 from torchft.names import RECIPES
 from torchft.ranks import rank
@@ -165,7 +166,9 @@ def test_other_data_on_another_node_is_refused(
     assert "process(es) 1 read another data than process 0" in problems(tmp_path)
 
 
-def test_resume_from_2_to_1_to_4_processes(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["all", "1"])
+def test_resume_from_2_to_1_to_4_processes(small_model: Path, chat_data: Path, tmp_path: Path, shard: str) -> None:
+    """From adapters that are divided, or whole on each process; the 4 divide them."""
     expected = train(0, small_model, chat_data, tmp_path / "straight", "run.max_steps=6")
     out, cfg = tmp_path / "moved", ("run.max_steps=6", "run.resume=auto")
     stops = {2: 2, 0: 4, 4: 6}  # processes -> the step after which they are ended
@@ -180,7 +183,8 @@ def test_resume_from_2_to_1_to_4_processes(small_model: Path, chat_data: Path, t
 
         recipe.step_optimizer = dying
         try:
-            work = options(small_model, chat_data, out, *BASE, *cfg)
+            more = {0: ()}.get(processes, (f"model.shard={shard if processes == 2 else 'all'}",))
+            work = options(small_model, chat_data, out, *BASE, *cfg, *more)
             codes = run_processes(max(processes, 1), lambda _: recipe.main(work), out)  # noqa: B023
         finally:
             recipe.step_optimizer = original
@@ -188,9 +192,12 @@ def test_resume_from_2_to_1_to_4_processes(small_model: Path, chat_data: Path, t
     assert_same_run(out, expected)
 
 
-def test_the_same_number_of_processes_continues_bit_for_bit(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["all", "1"])
+def test_the_same_number_of_processes_continues_bit_for_bit(
+    small_model: Path, chat_data: Path, tmp_path: Path, shard: str
+) -> None:
     """With dropout, whose masks differ from process to process; killed within an accumulated step."""
-    more = ("lora.dropout=0.1", "run.save_every=1", "run.resume=auto", "run.micro_batch_size=1")
+    more = (f"model.shard={shard}", "lora.dropout=0.1", "run.save_every=1", "run.resume=auto", "run.micro_batch_size=1")
     straight = train(2, small_model, chat_data, tmp_path / "straight", *more)
     cfg, original = options(small_model, chat_data, tmp_path / "killed", *BASE, *more), lora_distributed.batch_loss
 
@@ -216,6 +223,33 @@ def test_the_same_number_of_processes_continues_bit_for_bit(small_model: Path, c
     assert log_records(tmp_path / "killed") == log_records(straight)
 
 
+TRAINED = {
+    "dora, dropout": ["lora.dora=true", "lora.dropout=0.1"],
+    "added tokens": VARIANTS["added tokens"],
+    "whole tables": ["lora.modules_to_save=[embed_tokens,lm_head]", "optim.max_grad_norm=0.1"],
+}
+
+
+@pytest.mark.parametrize("variant", TRAINED)
+def test_what_each_process_holds_whole_is_the_same_bits_on_all(
+    small_model: Path, chat_data: Path, tmp_path: Path, variant: str
+) -> None:
+    """After steps of different rows, accumulated; and no other sums than one a step keep it so."""
+    more = (*BASE, "model.shard=1", "run.micro_batch_size=1", "run.max_steps=3", *TRAINED[variant])
+    cfg, original = options(small_model, chat_data, tmp_path, *more), lora_distributed.save_adapter
+
+    def work(number: int) -> None:
+        def kept(model: torch.nn.Module, *args: object, **options: object) -> None:
+            save_file({name: param.detach() for name, param in trainable_parameters(model).items()}, tmp_path / f"{number}.st")
+            original(model, *args, **options)
+
+        lora_distributed.save_adapter = kept
+        lora_distributed.main(cfg)
+
+    assert run_processes(2, work, tmp_path) == [0, 0], problems(tmp_path)
+    assert (tmp_path / "0.st").read_bytes() == (tmp_path / "1.st").read_bytes()
+
+
 def test_a_signal_to_one_process_stops_all_after_the_step(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
     cfg, original = options(small_model, chat_data, tmp_path, *BASE), lora_distributed.batch_loss
 
@@ -233,8 +267,10 @@ def test_a_signal_to_one_process_stops_all_after_the_step(small_model: Path, cha
     assert (tmp_path / "step_000001/manifest.json").exists()
 
 
-def test_not_finite_on_one_process_stops_all(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
-    cfg, original = options(small_model, chat_data, tmp_path, *BASE, "run.save_every=1"), lora_distributed.batch_loss
+@pytest.mark.parametrize("shard", ["all", "1"])
+def test_not_finite_on_one_process_stops_all(small_model: Path, chat_data: Path, tmp_path: Path, shard: str) -> None:
+    more = (*BASE, "run.save_every=1", f"model.shard={shard}")
+    cfg, original = options(small_model, chat_data, tmp_path, *more), lora_distributed.batch_loss
 
     def work(number: int) -> None:
         calls = 0

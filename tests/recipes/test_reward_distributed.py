@@ -105,7 +105,7 @@ def test_cutting_a_step_differently_changes_nothing(
     assert min(losses[3:]) < min(losses[:3])  # the second epoch
 
 
-@pytest.mark.parametrize("more", [["model.quantize=nf4"], PACKED], ids=["qlora", "packed"])
+@pytest.mark.parametrize("more", [["model.quantize=nf4"], PACKED, ["model.shard=1"]], ids=["qlora", "packed", "whole"])
 def test_any_number_of_processes_gives_one_curve(small_model: Path, pair_data: Path, tmp_path: Path, more: list[str]) -> None:
     expected = train(1, small_model, pair_data, tmp_path / "1", *SHORT, *more)
     processes = 4 if more == PACKED else 2
