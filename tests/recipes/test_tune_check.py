@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import problems, run_processes
 
 from torchft import fused_block, invariances, tune_check
 from torchft.checks import KERNELS
@@ -89,6 +90,21 @@ def only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return (one for number, one in enumerate(original(subject)) if number == 0 or one.name == name)
 
     monkeypatch.setattr(tune_check, "list_checks", few)
+
+
+@needs_no_gpu
+def test_two_processes_with_a_model_each_are_checked(
+    config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on GPUs that a whole model fits. The processes are forks here, which need no seconds to start."""
+
+    def fork(work: Callable, arguments: tuple, nprocs: int, start_method: str) -> None:
+        assert run_processes(nprocs, lambda number: work(number, *arguments), tmp_path) == [0] * nprocs, problems(tmp_path)
+
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", fork)
+    only("two processes", monkeypatch)
+    found = run([*config("lora", "model.shard=1", "lora.modules_to_save=[lm_head]"), "--rows", "3"], capsys)
+    assert len(found) == 2 and found["two processes"].endswith("equal")
 
 
 @needs_no_gpu
