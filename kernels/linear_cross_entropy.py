@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_BLOCK = 8192
 MIN_BLOCK = 1024
 
-LOGITS_BYTES = 128 * 2**20  # of one chunk
+LOGITS_BYTES = 128 * 2**20  # of one chunk; twice or four times as many where `_tokens_at_once` says so
 
 
 @triton.jit
@@ -147,6 +147,12 @@ def _add_product(total: Tensor, gradient: Tensor, x: Tensor) -> None:
         total += gradient.T @ x
 
 
+def _tokens_at_once(hidden: Tensor, weight: Tensor, trained: bool) -> int:
+    """Tokens of a chunk. For each an int8 head is decoded anew, and a head's gradient read and written in fp32: take more there."""
+    factor = 4 if trained else 2 if weight.dtype == torch.int8 else 1
+    return factor * default_chunk_size(len(weight), hidden.dtype)
+
+
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
@@ -157,8 +163,7 @@ def _walk(
     hidden, weight, scale, labels = inputs
     _check(inputs, chunk_size, eager)
     (num_tokens, width), vocabulary = hidden.shape, len(weight)
-    # For each chunk an int8 head is decoded anew, and a head's gradient read and written in fp32: larger ones, less often.
-    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.dtype) * (4 if wanted[1] else 1 if scale is None else 2)
+    chunk_size = chunk_size or _tokens_at_once(hidden, weight, wanted[1])
     head = weight.to(hidden.dtype) if scale is None else weight  # (V, D)
     ignored = (labels == IGNORE_INDEX)[:, None]  # (N, 1)
     logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)

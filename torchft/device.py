@@ -50,10 +50,14 @@ def compile_blocks(model: CausalLM, mode: str, device: torch.device, say: Callab
     if missing:
         say(f"compile: off, since this machine lacks {missing}; the run is slower and takes more memory")
         return
-    dropout = any(layer.dropout > 0 for layer in lora_layers(model).values())
-    torch._functorch.config.activation_memory_budget = 1.0 if dropout else ACTIVATION_BUDGET  # read as the first step builds backward
+    torch._functorch.config.activation_memory_budget = _budget(model)  # read when backward is built, in the first step
     blocks = [block for block in model.model.layers if block.compilable]
     for block in blocks:
         block.compile()
     if blocks:
         say(f"compile: {len(blocks)} blocks, built during the first step")
+
+
+def _budget(model: CausalLM) -> float:
+    dropout = any(layer.dropout > 0 for layer in lora_layers(model).values())
+    return 1.0 if dropout else ACTIVATION_BUDGET

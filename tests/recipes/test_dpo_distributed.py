@@ -10,7 +10,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from processes import problems, run_processes
 from safetensors.torch import load_file
 from test_lora_single_device import log_records, relative_error
@@ -106,7 +105,7 @@ def test_cutting_a_step_differently_changes_nothing(
 VARIANTS = {
     "lora": [],
     "packed": ["data.packing=true", "run.global_batch_size=4", "data.max_seq_len=160"],
-    "qlora, base whole": ["model.quantize=nf4", "model.shard=1"],
+    "qlora, whole": ["model.quantize=nf4", "model.shard=1"],
     "orpo": ["dpo.loss=orpo"],
 }
 
@@ -136,26 +135,28 @@ def test_a_resumed_run_is_the_same_bits(small_model: Path, pair_data: Path, stra
     assert resumed == whole[len(whole) - len(resumed) :] and resumed
 
 
+def train_until(last: int, cfg: recipe.Config) -> None:
+    """Train on, as one of the processes, which all get a signal after two steps unless the run is over by then."""
+    steps, original = [], recipe.step_optimizer
+
+    def counted(*arguments: object) -> None:
+        original(*arguments)
+        steps.append(arguments)
+        if len(steps) == 2 and last < STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe.step_optimizer = counted
+    recipe.main(cfg)
+
+
 def test_it_goes_on_from_whole_adapters_on_2_processes_to_1_to_divided_ones(
     small_model: Path, pair_data: Path, straight: Path, tmp_path: Path
 ) -> None:
     """Each process wrote a share of the tensors that all of them held. The log sums two steps here as there."""
     parts = {}
     for processes, shard, last in ((2, "1", 2), (1, "auto", 4), (2, "all", STEPS)):
-
-        def stopping(number: int, shard: str = shard, last: int = last) -> None:
-            calls, original = [], recipe.step_optimizer
-
-            def counted(optimizer: torch.optim.Optimizer, *args: object) -> None:
-                original(optimizer, *args)
-                calls.append(optimizer)
-                if len(calls) == 2 and last < STEPS:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            recipe.step_optimizer = counted
-            recipe.main(options(small_model, pair_data, tmp_path, "run.resume=auto", "run.log_every=2", f"model.shard={shard}"))
-
-        codes = run_processes(processes, stopping, tmp_path)
+        cfg = options(small_model, pair_data, tmp_path, "run.resume=auto", "run.log_every=2", f"model.shard={shard}")
+        codes = run_processes(processes, lambda _: train_until(last, cfg), tmp_path)  # noqa: B023
         assert codes == [0 if last == STEPS else 128 + signal.SIGTERM] * processes, problems(tmp_path)
         parts[last] = sorted(path.name[:11] for path in (tmp_path / f"step_{last:06d}").glob("shard-*"))
     assert parts == {2: ["shard-00001", "shard-00002"], 4: ["shard-00001"], STEPS: ["shard-00001", "shard-00002"]}

@@ -62,7 +62,7 @@ VARIANTS = {
     "dora": ["lora.dora=true"],
     "added tokens": ["data.new_tokens=['<|a|>','<|b|>']"],
     "whole tables": ["lora.modules_to_save=[embed_tokens,lm_head]", "model.activation_checkpointing=full"],
-    "base whole": ["model.shard=1"],
+    "whole": ["model.shard=1"],
     "two copies": ["model.shard=2", "model.quantize=nf4"],
     "smallest": ["model.quantize=nf4_int8_head", "model.offload=[embeddings,activations]", "model.activation_checkpointing=full"],
 }
@@ -223,19 +223,10 @@ def test_the_same_number_of_processes_continues_bit_for_bit(
     assert log_records(tmp_path / "killed") == log_records(straight)
 
 
-TRAINED = {
-    "dora, dropout": ["lora.dora=true", "lora.dropout=0.1"],
-    "added tokens": VARIANTS["added tokens"],
-    "whole tables": ["lora.modules_to_save=[embed_tokens,lm_head]", "optim.max_grad_norm=0.1"],
-}
-
-
-@pytest.mark.parametrize("variant", TRAINED)
-def test_what_each_process_holds_whole_is_the_same_bits_on_all(
-    small_model: Path, chat_data: Path, tmp_path: Path, variant: str
-) -> None:
-    """After steps of different rows, accumulated; and no other sums than one a step keep it so."""
-    more = (*BASE, "model.shard=1", "run.micro_batch_size=1", "run.max_steps=3", *TRAINED[variant])
+@pytest.mark.parametrize("variant", ["dora", "added tokens", "whole tables"])
+def test_whole_on_each_process_is_the_same_bits_on_all(small_model: Path, chat_data: Path, tmp_path: Path, variant: str) -> None:
+    """Though each has seen other rows, and drawn other masks: nothing but the means of gradients keeps it so."""
+    more = (*BASE, "model.shard=1", "run.micro_batch_size=1", "optim.max_grad_norm=0.1", "lora.dropout=0.1", *VARIANTS[variant])
     cfg, original = options(small_model, chat_data, tmp_path, *more), lora_distributed.save_adapter
 
     def work(number: int) -> None:
