@@ -110,6 +110,8 @@ def main() -> None:
             bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
             log = [json.loads(line) for line in Path(name, "out/log.jsonl").read_text().splitlines()]
             rates = [record["tokens_per_s"] for record in log if "tokens_per_s" in record][2 + RECORDED :]
+            if not rates:
+                raise SystemExit(f"error: the run has no step behind the window: give it more than {2 + RECORDED} (run.max_steps)")
             profile = {"case": args.case, "options": args.option, "tokens_per_s": round(statistics.median(rates))}
             profile |= read_trace(Path(name, "out/profile/trace.json"), args.steps)
     print(render(profile))
