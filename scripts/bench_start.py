@@ -261,7 +261,8 @@ def main() -> None:
     print(table({"cold": found["cold"], "warm": found["warm"], **found["baselines"]}))
     if args.dry_run:
         return
-    command = " ".join(["python scripts/bench_start.py", *sys.argv[1:]])
+    options = [f"--baseline {name}" for name in filter(None, [args.baseline])] + [f"--option {option}" for option in args.option]
+    command = " ".join(["python scripts/bench_start.py", *[f"--repeat {args.repeat}"] * (args.repeat > 1), *options])
     with args.records.open("a") as out:
         out.write(json.dumps({"case": RECORD, **bench_recipe.environment(1), "command": command, **found}) + "\n")
 
