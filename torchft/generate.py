@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from torchft.adapter import attach_adapter, load_adapter, tokenizer_folder
 from torchft.config import resolve_path
@@ -31,9 +32,11 @@ from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.sharding import compute_device
 from torchft.modules.transformer import CausalLM, KVCache
+from torchft.ranks import rank
 from torchft.storage import store_frozen
 from torchft.weights import load_weights
 
+BAR_AFTER = 2.0  # seconds that answers may take without a progress bar
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -173,20 +176,28 @@ def answer_examples(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Greedy answers to conversations, each asked up to its last assistant turn. Raises UserError for a plain text."""
+    """Greedy answers to conversations, each asked up to its last assistant turn, with a progress bar on a terminal.
+
+    Raises UserError for a plain text.
+    """
     stops = template_stop_ids(tokenizer, template)
     answers = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        asked = [split_answer(example) for example in batch]  # (messages, expected)
-        prompts = [
-            render_prompt(messages, example.tools, tokenizer, template)
-            for example, (messages, _) in zip(batch, asked, strict=True)
-        ]
-        replies = generate(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stops)
-        for (messages, expected), reply in zip(asked, replies, strict=True):
-            question = messages[-1].get("content") if messages else ""
-            answers.append(Answer(str(question), tokenizer.decode(reply), expected))
+    # None: on a terminal only. miniters=0: each token may draw it, so that its clock runs while a batch is answered.
+    shown = {"desc": "answers", "leave": False, "delay": BAR_AFTER, "miniters": 0, "disable": rank() > 0 or None}
+    with tqdm(total=len(examples), **shown) as bar:
+        options = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "on_token": lambda row, token: bar.update(0)}
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            asked = [split_answer(example) for example in batch]  # (messages, expected)
+            prompts = [
+                render_prompt(messages, example.tools, tokenizer, template)
+                for example, (messages, _) in zip(batch, asked, strict=True)
+            ]
+            replies = generate(model, prompts, **options)
+            bar.update(len(batch))
+            for (messages, expected), reply in zip(asked, replies, strict=True):
+                question = messages[-1].get("content") if messages else ""
+                answers.append(Answer(str(question), tokenizer.decode(reply), expected))
     return answers
 
 
