@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,12 +230,17 @@ def test_answers_that_take_long_show_how_far_they_are_on_a_terminal(folder, monk
     examples = [Example([user("Hello"), {"role": "assistant", "content": "x"}], None, None, "file:1")] * 4
     monkeypatch.setattr(generate_module, "BAR_AFTER", seconds)
     monkeypatch.setattr(generate_module, "tqdm", functools.partial(tqdm, mininterval=0.0))
+    original = generate_module.render_prompt
+    monkeypatch.setattr(generate_module, "render_prompt", lambda *args: time.sleep(0.06) or original(*args))
     for screen, written in ((Terminal(), shown), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", screen)
         exact_match(model, tokenizer, template, examples, batch_size=2, max_new_tokens=9)
         drawn = re.findall(r"answers: +\d+%\|[^|]*\| (\d)/4", screen.getvalue())
         assert sorted(set(drawn)) == (["0", "2", "4"] if written else [])
         assert drawn.count("2") > 2 or not written  # the second batch's tokens draw it again
+        # its rate, and so the time left, are means since the start, as drawing between batches would falsify others
+        rates = re.findall(r"4/4 \[.*, ([\d.]+)answer/s\]", screen.getvalue())
+        assert all(float(rate) < 4 / 0.2 for rate in rates) and (rates or not written)
         assert screen.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip() == ""
 
 

@@ -63,7 +63,7 @@ def generate(
     Raises:
         UserError: a prompt is empty or holds an id beyond the vocabulary, or an option is out of range.
     """
-    _check(model, prompts, temperature, top_p)
+    _check(model, prompts, temperature, top_p, seed)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     generator = torch.Generator(compute_device(model.model.norm.weight)).manual_seed(seed)
@@ -101,11 +101,13 @@ def _take(
             on_token(row, tokens[row])
 
 
-def _check(model: CausalLM, prompts: list[list[int]], temperature: float, top_p: float) -> None:
+def _check(model: CausalLM, prompts: list[list[int]], temperature: float, top_p: float, seed: int) -> None:
     if not 0.0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}; it must be 0 (the likeliest token) or a positive number.")
     if not 0.0 < top_p <= 1.0:
         raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (no cut).")
+    if not -(2**63) <= seed < 2**64:  # what torch takes
+        raise UserError(f"seed is {seed}; it must fit into 64 bits.")
     vocab_size = model.lm_head.weight.shape[0]
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -182,9 +184,10 @@ def answer_examples(
     """
     stops = template_stop_ids(tokenizer, template)
     answers = []
-    # None: on a terminal only. miniters=0: each token may draw it, so that its clock runs while a batch is answered.
-    shown = {"desc": "answers", "leave": False, "delay": BAR_AFTER, "miniters": 0, "disable": rank() > 0 or None}
-    with tqdm(total=len(examples), **shown) as bar:
+    # disable=None: on a terminal only. miniters=0: each token may draw it, so that its clock runs while a batch is answered;
+    # smoothing=0: its rate is the mean since the start, as one between drawings would be none.
+    shown = {"desc": "answers", "unit": "answer", "leave": False, "delay": BAR_AFTER, "disable": rank() > 0 or None}
+    with tqdm(total=len(examples), miniters=0, smoothing=0, **shown) as bar:
         options = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "on_token": lambda row, token: bar.update(0)}
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
