@@ -239,7 +239,7 @@ def test_answers_that_take_long_show_how_far_they_are_on_a_terminal(folder, monk
         assert sorted(set(drawn)) == (["0", "2", "4"] if written else [])
         assert drawn.count("2") > 2 or not written  # the second batch's tokens draw it again
         # its rate, and so the time left, are means since the start, as drawing between batches would falsify others
-        rates = re.findall(r"4/4 \[.*, ([\d.]+)answer/s\]", screen.getvalue())
+        rates = re.findall(r"4/4 \[.*, ([\d.]+) answers/s\]", screen.getvalue())
         assert all(float(rate) < 4 / 0.2 for rate in rates) and (rates or not written)
         assert screen.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip() == ""
 

@@ -186,7 +186,7 @@ def answer_examples(
     answers = []
     # disable=None: on a terminal only. miniters=0: each token may draw it, so that its clock runs while a batch is answered;
     # smoothing=0: its rate is the mean since the start, as one between drawings would be none.
-    shown = {"desc": "answers", "unit": "answer", "leave": False, "delay": BAR_AFTER, "disable": rank() > 0 or None}
+    shown = {"desc": "answers", "unit": " answers", "leave": False, "delay": BAR_AFTER, "disable": rank() > 0 or None}
     with tqdm(total=len(examples), miniters=0, smoothing=0, **shown) as bar:
         options = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "on_token": lambda row, token: bar.update(0)}
         for start in range(0, len(examples), batch_size):
