@@ -272,9 +272,6 @@ def main(cfg: Config) -> None:
     if run.keep_best and (best := best_checkpoint(out, log.print)[1]):
         load_parts(best, params=params, optimizer=optimizer, unchanged={})
         log.print(f"exporting {best}, the lowest validation loss")
-    if scored:
-        accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
-        log.validation(loader.total_steps, exact_match=accuracy)
     if full and cfg.model.weights != "random":
         saved = save_model(model, path, out / "model", dtype=dtype, tokenizer=tokenizer, template=template)
         log.print(f"saved and verified: {saved}")
@@ -284,6 +281,9 @@ def main(cfg: Config) -> None:
         save_adapter(model, spec, out / "adapter", base_path=str(path), **text, replace_existing=True)
         log.print(f"saved and verified: {verify_adapter(model, spec, out / 'adapter')}")
         log.print(f"try it: {tune_command()} generate {cfg.model.path} --adapter {out / 'adapter'}")
+    if scored:  # after the export, which an interruption does not cost then
+        accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
+        log.validation(loader.total_steps, exact_match=accuracy)
     log.close()
     leave_processes()
 

@@ -213,13 +213,13 @@ def main(cfg: Config) -> None:
     if run.keep_best and (best := best_checkpoint(out, log.print)[1]):
         load_parts(best, params=params, optimizer=optimizer, unchanged={})
         log.print(f"exporting {best}, the lowest validation loss")
-    if scored:
-        accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
-        log.validation(loader.total_steps, exact_match=accuracy)
     if cfg.model.weights != "random":
         saved = save_model(model, path, out / "model", dtype=dtype, tokenizer=tokenizer, template=template)
         log.print(f"saved and verified: {saved}")
         log.print(f"try it: {tune_command()} generate {out / 'model'}")
+    if scored:  # after the export, which an interruption does not cost then
+        accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
+        log.validation(loader.total_steps, exact_match=accuracy)
     log.close()
     leave_processes()
 

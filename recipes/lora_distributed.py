@@ -218,14 +218,14 @@ def main(cfg: Config) -> None:
     if run.keep_best and (best := best_checkpoint(out, log.print)[1]):
         load_checkpoint(best, params=params, optimizer=optimizer, unchanged={})
         log.print(f"exporting {best}, the lowest validation loss")
-    if scored:
-        accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
-        log.validation(loader.total_steps, exact_match=accuracy)
     if cfg.model.weights != "random":
         text = {"tokenizer": tokenizer, "template": template}  # saved where they are not the base model's own
         save_adapter(model, spec, out / "adapter", base_path=str(path), **text, replace_existing=True)
         log.print(f"saved and verified: {verify_adapter(model, spec, out / 'adapter')}")
         log.print(f"try it: {tune_command()} generate {cfg.model.path} --adapter {out / 'adapter'}")
+    if scored:  # after the export, which an interruption does not cost then
+        accuracy, _ = exact_match(model, tokenizer, template, scored, **answering)
+        log.validation(loader.total_steps, exact_match=accuracy)
     log.close()
     leave_processes()
 

@@ -240,6 +240,27 @@ def test_data_asks_nothing_about_the_run(workplace, capsys):
     assert "data.valid_fraction and data.valid both give" in capsys.readouterr().err
 
 
+def test_data_tells_held_out_rows_from_trained_ones(workplace, capsys):
+    """Those of a fraction come from the same file: without a heading its account stood there twice, in other figures."""
+    heading = "\n\nheld-out rows, for valid_loss and answers\n"
+    for options, block in (([], "data.valid[0]  valid.jsonl"), (["data.valid=[]", "data.valid_fraction=0.1"], "data.train[0]  train.jsonl")):
+        cli.main(["data", "c.yaml", *options, "--examples", "0"])
+        assert f"{heading}{block}\n" in capsys.readouterr().out
+    cli.main(["data", "c.yaml", "data.valid=[]", "--examples", "0"])
+    assert "held-out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["validate", "check"])
+def test_a_model_that_cannot_be_trained_is_told_before_the_data_is_read(workplace, capsys, command):
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"architectures": ["OtherForCausalLM"]}))
+    Path("train.jsonl").write_text("{broken")
+    with pytest.raises(SystemExit):
+        cli.main([command, "c.yaml"])
+    told = capsys.readouterr()
+    assert "architecture 'OtherForCausalLM' is not supported" in told.err and "data " not in told.out
+
+
 def test_validate_counts_one_example_as_one(workplace, capsys):
     row = Path("train.jsonl").read_text().splitlines()[0]
     Path("train.jsonl").write_text(row)

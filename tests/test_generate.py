@@ -208,6 +208,8 @@ def test_a_model_that_is_checkpointed_and_compiled_generates_uncompiled(model):
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
         ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
+        ([[1]], {"seed": 2**64}, "seed is 18446744073709551616"),
+        ([[1]], {"seed": -(2**63) - 1}, "seed is -9223372036854775809"),
     ],
 )
 def test_bad_requests_are_refused(model, prompts, options, message):

@@ -2,9 +2,12 @@
 
 import argparse
 import builtins
+import functools
 import io
 import json
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from torchft import generate as generate_module
 from torchft.adapter import save_adapter
@@ -210,6 +214,34 @@ def test_exact_match_counts_answers_that_are_the_expected_ones(folder, batch_siz
     assert exact_match(model, tokenizer, template, [], **options) == (0.0, [])
     with pytest.raises(UserError, match="file:7"):
         answer_examples(model, tokenizer, template, [Example(None, None, "text", "file:7")], **options)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("seconds, shown", [(0.0, True), (600.0, False)])
+def test_answers_that_take_long_show_how_far_they_are_on_a_terminal(folder, monkeypatch, seconds, shown):
+    """Between batches, and within one too: its clock runs; nothing of it stays, nor is there any in a file or a pipe."""
+    tokenizer = load_tokenizer(folder)
+    template = load_template("", tokenizer)
+    model = load_model(folder, None, torch.float32, "none", torch.device("cpu"))
+    examples = [Example([user("Hello"), {"role": "assistant", "content": "x"}], None, None, "file:1")] * 4
+    monkeypatch.setattr(generate_module, "BAR_AFTER", seconds)
+    monkeypatch.setattr(generate_module, "tqdm", functools.partial(tqdm, mininterval=0.0))
+    original = generate_module.render_prompt
+    monkeypatch.setattr(generate_module, "render_prompt", lambda *args: time.sleep(0.06) or original(*args))
+    for screen, written in ((Terminal(), shown), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", screen)
+        exact_match(model, tokenizer, template, examples, batch_size=2, max_new_tokens=9)
+        drawn = re.findall(r"answers: +\d+%\|[^|]*\| (\d)/4", screen.getvalue())
+        assert sorted(set(drawn)) == (["0", "2", "4"] if written else [])
+        assert drawn.count("2") > 2 or not written  # the second batch's tokens draw it again
+        # its rate, and so the time left, are means since the start, as drawing between batches would falsify others
+        rates = re.findall(r"4/4 \[.*, ([\d.]+) answers/s\]", screen.getvalue())
+        assert all(float(rate) < 4 / 0.2 for rate in rates) and (rates or not written)
+        assert screen.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip() == ""
 
 
 def test_a_model_directory_that_cannot_be_read_is_named(folder):

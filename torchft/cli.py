@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         _note_other_owner()
         if argv[:1] == ["run"]:
             _run(argv[1:])
+        if not argv:
+            _parser().print_help(sys.stderr)
+            sys.exit(2)
         args = parse_arguments(argv)
         args.function(args)
         sys.stdout.flush()

@@ -1,6 +1,6 @@
 """Behind `tune validate` and `tune data`: what a run would do, without loading a weight.
 
-`validate` reads the config, tokenises the data and builds the model on meta; the first step that fails says why.
+`validate` reads the config, builds the model on meta and tokenises the data; the first step that fails says why.
 `data` prints the report of the data and a few coloured examples. Both take any config of the shipped recipes.
 """
 
@@ -33,6 +33,7 @@ from torchft.strict_yaml import compose_file
 if TYPE_CHECKING:  # these import torch, which a config with a typo shall not wait for
     import torch
 
+    from torchft.data.chat_template import ChatTemplate
     from torchft.data.dataset import Dataset
     from torchft.data.loader import Loader
     from torchft.data.tokenizer import Tokenizer
@@ -148,8 +149,10 @@ def validate(config: str, overrides: list[str], recipe: str = "") -> None:
     cfg = read_config(options, config, overrides)
     print(f"config  ok: {config}, for {recipe}", flush=True)  # up to here without torch: a typo is found in a moment
     check_machine(cfg)
-    tokenizer, *datasets = check_data(cfg, kind)
-    check_model(cfg, tokenizer, *datasets)
+    tokenizer, template = load_text(cfg)
+    model, reports = build(cfg, tokenizer.added_ids)  # a model that cannot be trained is found before minutes of tokenising
+    datasets = check_data(cfg, kind, tokenizer, template)
+    check_model(cfg, model, reports, tokenizer, *datasets)
 
 
 def show_data(config: str, overrides: list[str], examples: int, recipe: str = "") -> None:
@@ -161,28 +164,36 @@ def show_data(config: str, overrides: list[str], examples: int, recipe: str = ""
 
     _, options, kind = options_for(config, overrides, recipe)
     cfg = read_config(options, config, overrides, training=False)
-    tokenizer, loader, valid = load_data(cfg, kind)
+    tokenizer, template = load_text(cfg)
+    loader, valid = load_data(cfg, kind, tokenizer, template)
     print(report(loader.dataset, loader))
     if valid is not None:
+        print("\nheld-out rows, for valid_loss and answers")
         print(report(valid))
     for index in range(min(examples, len(loader.dataset))):
         print("\n" + render_example(loader.dataset, index, tokenizer, color=wants_color(sys.stdout)))
 
 
-def load_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Loader", "Dataset | None"]:
-    """(tokenizer, loader of the training data, validation data or None), as a recipe makes them."""
+def load_text(cfg: WholeOptions) -> tuple["Tokenizer", "ChatTemplate | None"]:
+    """(tokenizer with data.new_tokens, chat template), as a recipe makes them."""
     from torchft.adapter import tokenizer_folder
     from torchft.data.chat_template import load_template
-    from torchft.data.dataset import build_datasets
-    from torchft.data.loader import Loader
     from torchft.data.tokenizer import load_tokenizer
 
     adapter = cfg.lora.adapter if isinstance(cfg, Options) else ""
     tokenizer = load_tokenizer(tokenizer_folder(resolve_path(cfg.model.path), adapter))
-    template = load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
+    return tokenizer, load_template(cfg.data.chat_template, tokenizer, cfg.data.new_tokens)
+
+
+def load_data(
+    cfg: WholeOptions, kind: str, tokenizer: "Tokenizer", template: "ChatTemplate | None"
+) -> tuple["Loader", "Dataset | None"]:
+    """(loader of the training data, validation data or None), as a recipe makes them."""
+    from torchft.data.dataset import build_datasets
+    from torchft.data.loader import Loader
+
     train, valid = build_datasets(cfg.data, tokenizer, template, cfg.run.seed, kind=kind)
-    loader = Loader(train, cfg.data, cfg.run)
-    return tokenizer, loader, valid
+    return Loader(train, cfg.data, cfg.run), valid
 
 
 def check_machine(cfg: WholeOptions) -> None:
@@ -197,32 +208,28 @@ def check_machine(cfg: WholeOptions) -> None:
         build_optimizer({"any": torch.nn.Parameter(torch.zeros(1, device=_device()))}, cfg.optim)
 
 
-def check_data(cfg: WholeOptions, kind: str) -> tuple["Tokenizer", "Dataset", "Dataset | None"]:
-    """Tokenises all data and prints what the run would read. Returns (tokenizer, training data, validation data)."""
-    tokenizer, loader, valid = load_data(cfg, kind)
+def check_data(
+    cfg: WholeOptions, kind: str, tokenizer: "Tokenizer", template: "ChatTemplate | None"
+) -> tuple["Dataset", "Dataset | None"]:
+    """Tokenises all data and prints what the run would read. Returns (training data, validation data)."""
+    loader, valid = load_data(cfg, kind, tokenizer, template)
     held_out = 0 if valid is None else len(valid)
     print(f"data    ok: {counted(len(loader.dataset), 'example')}, {held_out:,} held out")
     print(textwrap.indent(loader.summary(), INDENT), flush=True)
-    return tokenizer, loader.dataset, valid
+    return loader.dataset, valid
 
 
-def check_model(cfg: WholeOptions, tokenizer: "Tokenizer", *datasets: "Dataset | None") -> None:
-    """Builds the model on meta and prints its parameters, what is trained, and the memory and disk that they take.
+def check_model(
+    cfg: WholeOptions, model: "CausalLM", reports: list[str], tokenizer: "Tokenizer", *datasets: "Dataset | None"
+) -> None:
+    """Prints the parameters of a model on meta, what is trained, and the memory and disk that they take.
 
-    Raises UserError also if the model has no row for an id of the data, or cannot be compiled as the config wants.
+    Raises UserError if the model has no row for an id of the data, or there is too little disk.
     """
-    from torchft.device import compile_blocks
     from torchft.fit import check_ids
     from torchft.modules.host_embedding import host_tables
     from torchft.modules.lora import trainable_parameters
 
-    try:
-        model, reports = build(cfg, tokenizer.added_ids)
-        compile_blocks(model, cfg.model.compile, _device(), reports.append)
-    except UserError:
-        raise
-    except ValueError as error:  # torchft.models and torchft.modules do not know UserError
-        raise UserError(str(error)) from None
     check_ids(model.config, tokenizer, *datasets)
     trained = sum(param.numel() for param in trainable_parameters(model).values())
     total = sum(param.numel() for param in model.parameters())
@@ -257,7 +264,23 @@ def _device() -> "torch.device":
 
 
 def build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
-    """The model of a config on meta, with its adapters and storage types, and what was done to it, in lines."""
+    """The model of a config on meta, with its adapters and storage types, and what was done to it, in lines.
+
+    Raises UserError for what cannot be trained, or compiled, as the config wants.
+    """
+    from torchft.device import compile_blocks
+
+    try:
+        model, reports = _build(cfg, new_ids)
+        compile_blocks(model, cfg.model.compile, _device(), reports.append)
+    except UserError:
+        raise
+    except ValueError as error:  # torchft.models and torchft.modules do not know UserError
+        raise UserError(str(error)) from None
+    return model, reports
+
+
+def _build(cfg: WholeOptions, new_ids: range) -> tuple["CausalLM", list[str]]:
     import torch
 
     from torchft.adapter import add_adapter

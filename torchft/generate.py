@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from torchft.adapter import attach_adapter, load_adapter, tokenizer_folder
 from torchft.config import resolve_path
@@ -31,9 +32,11 @@ from torchft.models import build_model, read_config
 from torchft.modules.eval_mode import eval_mode
 from torchft.modules.sharding import compute_device
 from torchft.modules.transformer import CausalLM, KVCache
+from torchft.ranks import rank
 from torchft.storage import store_frozen
 from torchft.weights import load_weights
 
+BAR_AFTER = 2.0  # seconds that answers may take without a progress bar
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -60,7 +63,7 @@ def generate(
     Raises:
         UserError: a prompt is empty or holds an id beyond the vocabulary, or an option is out of range.
     """
-    _check(model, prompts, temperature, top_p)
+    _check(model, prompts, temperature, top_p, seed)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     generator = torch.Generator(compute_device(model.model.norm.weight)).manual_seed(seed)
@@ -98,11 +101,13 @@ def _take(
             on_token(row, tokens[row])
 
 
-def _check(model: CausalLM, prompts: list[list[int]], temperature: float, top_p: float) -> None:
+def _check(model: CausalLM, prompts: list[list[int]], temperature: float, top_p: float, seed: int) -> None:
     if not 0.0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}; it must be 0 (the likeliest token) or a positive number.")
     if not 0.0 < top_p <= 1.0:
         raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (no cut).")
+    if not -(2**63) <= seed < 2**64:  # what torch takes
+        raise UserError(f"seed is {seed}; it must fit into 64 bits.")
     vocab_size = model.lm_head.weight.shape[0]
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -173,20 +178,29 @@ def answer_examples(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Greedy answers to conversations, each asked up to its last assistant turn. Raises UserError for a plain text."""
+    """Greedy answers to conversations, each asked up to its last assistant turn, with a progress bar on a terminal.
+
+    Raises UserError for a plain text.
+    """
     stops = template_stop_ids(tokenizer, template)
     answers = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        asked = [split_answer(example) for example in batch]  # (messages, expected)
-        prompts = [
-            render_prompt(messages, example.tools, tokenizer, template)
-            for example, (messages, _) in zip(batch, asked, strict=True)
-        ]
-        replies = generate(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stops)
-        for (messages, expected), reply in zip(asked, replies, strict=True):
-            question = messages[-1].get("content") if messages else ""
-            answers.append(Answer(str(question), tokenizer.decode(reply), expected))
+    # disable=None: on a terminal only. miniters=0: each token may draw it, so that its clock runs while a batch is answered;
+    # smoothing=0: its rate is the mean since the start, as one between drawings would be none.
+    shown = {"desc": "answers", "unit": " answers", "leave": False, "delay": BAR_AFTER, "disable": rank() > 0 or None}
+    with tqdm(total=len(examples), miniters=0, smoothing=0, **shown) as bar:
+        options = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "on_token": lambda row, token: bar.update(0)}
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            asked = [split_answer(example) for example in batch]  # (messages, expected)
+            prompts = [
+                render_prompt(messages, example.tools, tokenizer, template)
+                for example, (messages, _) in zip(batch, asked, strict=True)
+            ]
+            replies = generate(model, prompts, **options)
+            bar.update(len(batch))
+            for (messages, expected), reply in zip(asked, replies, strict=True):
+                question = messages[-1].get("content") if messages else ""
+                answers.append(Answer(str(question), tokenizer.decode(reply), expected))
     return answers
 
 

@@ -135,7 +135,8 @@ class _TorchrunParser(argparse.ArgumentParser):
     """torchrun's options, with our words for what it refuses."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(NO_RECIPE if "training_script" in message else f"{message}; {USAGE}")
+        missing = "training_script" in message or "--config" in message  # what follows --config was taken for the recipe
+        raise UserError(NO_RECIPE if missing else f"{message}; {USAGE}")
 
 
 def parse_torchrun_options(argv: list[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import torch
 
 from torchft.checks import counted
 from torchft.config import resolve_path
-from torchft.dry_run import Options, WholeOptions, load_data, options_for
+from torchft.dry_run import Options, WholeOptions, build, load_data, load_text, options_for
 from torchft.errors import UserError
 from torchft.invariances import TOLERANCE, Check, Subject, difference, list_checks
 from torchft.model_dir import available_memory
@@ -51,12 +51,14 @@ def check(config: str, overrides: list[str], rows: int, layers: int, recipe: str
 
 def choose(cfg: WholeOptions, rows: int, layers: int) -> Subject:
     """The subject of the checks, which is said in lines."""
-    tokenizer, loader, _ = load_data(cfg, "sft")
+    tokenizer, template = load_text(cfg)
+    build(cfg, tokenizer.added_ids)  # what cannot be trained is said without a traceback, and before the data is read
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     total, fitting = _layers(cfg, tokenizer.added_ids, device)
     if layers > total:
         raise UserError(f"--layers is {layers}, the model has {total}")
     layers = layers or fitting
+    loader, _ = load_data(cfg, "sft", tokenizer, template)
     samples = loader.step_samples(0)[:rows]
     random = cfg.model.weights == "random" or layers < total
     what = f"{layers} of {total} layers, " * (layers < total) + ("random weights" if random else "its own weights")

@@ -229,6 +229,22 @@ def test_keep_best_exports_the_lowest_validation_loss(
     assert all(torch.equal(exported["base_model.model." + name], tensor) for name, tensor in kept.items())
 
 
+def test_an_interrupted_scoring_does_not_cost_the_export(
+    small_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers at the end may take minutes; the adapter is saved and verified before them."""
+
+    def exact_match(*_: object, **__: object) -> tuple[float, list]:
+        if list(tmp_path.glob("step_*")):  # not before training
+            raise KeyboardInterrupt
+        return 0.0, []
+
+    monkeypatch.setattr(recipe, "exact_match", exact_match)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(options(small_model, chat_data, tmp_path, "data.valid_fraction=0.25", "run.exact_match_rows=2"))
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
 def test_a_chosen_template_and_added_tokens_go_with_the_adapter(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
     """ChatML's tokens are added; a second run continues from the adapter alone and passes tokenizer and template on."""
     chatml = ("data.chat_template=chatml", "data.new_tokens=['<|im_start|>','<|im_end|>']")
