@@ -1,5 +1,6 @@
 """The command `tune`: ls, cp, cat, names that torchtune had, help and speed (D2, PITFALLS U2)."""
 
+import importlib.metadata
 import resource
 import subprocess
 import sys
@@ -53,6 +54,13 @@ def test_configs_come_by_size_and_go_with_their_recipes():
     assert {"tiny/lora", "tiny/qlora", "mistral/small_24B_qlora"} <= set(configs_for("lora_single_device"))
     assert configs_for("lora_distributed") == configs_for("lora_single_device")
     assert configs_for("dpo_distributed") == [name for name in names if name.endswith("dpo")]
+
+
+def test_versions_are_told_without_torch(capsys):
+    code, out, err = tune(capsys, "--version")
+    versions = dict(part.split(" ", 1) for part in out.strip().split(", "))
+    assert (code, err, [*versions]) == (0, "", ["torchft-recipes", "torch", "torchao", "triton"])
+    assert versions["torch"] == importlib.metadata.version("torch")
 
 
 def test_cat_prints_the_file(capsys):

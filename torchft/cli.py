@@ -87,6 +87,17 @@ def _run(argv: list[str]) -> NoReturn:
     run(argv)
 
 
+def _versions() -> str:
+    """One line for a report of a bug; without importing any of it."""
+    found = []
+    for name in ("torchft-recipes", "torch", "torchao", "triton"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed; Triton is not everywhere
+            found.append(f"{name} not installed")
+    return ", ".join(found)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tune",
@@ -94,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: tune run lora_single_device --config tiny/lora\n`tune COMMAND --help` shows its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=_versions(), help="of this and of what it computes with")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     _command(commands, "ls", _ls, "list recipes and the configs that go with them", "tune ls")
