@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from torchft import interval, metrics
+from torchft import interval
 from torchft.config import RunConfig
 from torchft.errors import UserError
 from torchft.metrics import DETERMINISTIC_FIELDS, RunLogger, cut_log
