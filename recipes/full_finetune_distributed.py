@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from torchft.activations import ActivationMemory
+from torchft.answers import Answer, answer_examples, exact_match, first_conversations
 from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint
 from torchft.config import DataConfig, ModelConfig, OptimConfig, RunConfig, resolve_path
@@ -39,7 +40,6 @@ from torchft.distributed import (
 )
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
-from torchft.generate import Answer, answer_examples, exact_match, first_conversations
 from torchft.hf_checkpoint import fingerprint
 from torchft.in_backward import StepInBackward
 from torchft.launch import tune_command

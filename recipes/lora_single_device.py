@@ -18,6 +18,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
+from torchft.answers import Answer, answer_examples, exact_match, first_conversations
 from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
@@ -29,7 +30,6 @@ from torchft.device import compile_blocks, setup_device
 from torchft.distributed import require_single_process
 from torchft.fit import check_ids, warn_of_misfits
 from torchft.fuse import fuse
-from torchft.generate import Answer, answer_examples, exact_match, first_conversations
 from torchft.hf_checkpoint import fingerprint
 from torchft.launch import tune_command
 from torchft.metrics import RunLogger

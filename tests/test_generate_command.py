@@ -18,14 +18,17 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from torchft import generate as generate_module
+from torchft import answers as answers_module
+from torchft import chat
 from torchft.adapter import save_adapter
+from torchft.answers import answer_examples, exact_match
+from torchft.chat import load_model, main_generate
 from torchft.data.chat_template import load_template
 from torchft.data.formats import Example
 from torchft.data.tokenize import render_prompt
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
-from torchft.generate import answer_examples, exact_match, generate, load_model, main_generate
+from torchft.generate import generate
 from torchft.models import build_model
 from torchft.modules.lora import LoraSpec, add_lora, init_lora
 from torchft.modules.transformer import CausalLM
@@ -146,7 +149,7 @@ def test_ctrl_d_ends_a_chat_and_ctrl_c_only_the_answer(folder, capsys, monkeypat
             interrupted.append(True)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_module, "generate", interrupt_first)
+    monkeypatch.setattr(chat, "generate", interrupt_first)
     main_generate(arguments(folder))
     assert capsys.readouterr().out.splitlines()[1:] == [chr(32 + 40), chr(32 + 40), ""]
 
@@ -190,7 +193,7 @@ def test_going_beyond_the_trained_length_is_said(folder, capsys):
 
 
 def test_an_answer_that_ends_within_the_trained_length_is_not_said_to_go_beyond(folder, capsys, monkeypatch):
-    monkeypatch.setattr(generate_module, "generate", lambda *args, **options: options["on_token"](0, 40))
+    monkeypatch.setattr(chat, "generate", lambda *args, **options: options["on_token"](0, 40))
     main_generate(arguments(folder, prompt="Hello", max_new_tokens=1000))
     assert capsys.readouterr() == (chr(32 + 40) + "\n", "")
 
@@ -228,10 +231,10 @@ def test_answers_that_take_long_show_how_far_they_are_on_a_terminal(folder, monk
     template = load_template("", tokenizer)
     model = load_model(folder, None, torch.float32, "none", torch.device("cpu"))
     examples = [Example([user("Hello"), {"role": "assistant", "content": "x"}], None, None, "file:1")] * 4
-    monkeypatch.setattr(generate_module, "BAR_AFTER", seconds)
-    monkeypatch.setattr(generate_module, "tqdm", functools.partial(tqdm, mininterval=0.0))
-    original = generate_module.render_prompt
-    monkeypatch.setattr(generate_module, "render_prompt", lambda *args: time.sleep(0.06) or original(*args))
+    monkeypatch.setattr(answers_module, "BAR_AFTER", seconds)
+    monkeypatch.setattr(answers_module, "tqdm", functools.partial(tqdm, mininterval=0.0))
+    original = answers_module.render_prompt
+    monkeypatch.setattr(answers_module, "render_prompt", lambda *args: time.sleep(0.06) or original(*args))
     for screen, written in ((Terminal(), shown), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", screen)
         exact_match(model, tokenizer, template, examples, batch_size=2, max_new_tokens=9)

@@ -15,10 +15,11 @@ from tiny_training import hide_cuda
 from torch import nn
 
 from torchft import distributed, dry_run
+from torchft.chat import load_model
 from torchft.config import ModelConfig, OptimConfig, RunConfig
 from torchft.errors import ConfigError
 from torchft.fuse import swap
-from torchft.generate import generate, load_model
+from torchft.generate import generate
 from torchft.hf_checkpoint import SINGLE
 from torchft.models import build_model, read_config
 from torchft.modules import int8_head

@@ -296,7 +296,7 @@ def _generate(args: argparse.Namespace) -> None:
     _given_directory("MODEL", args.model, "config.json")
     if args.adapter:
         _given_directory("--adapter", args.adapter, "adapter_config.json")
-    from torchft.generate import main_generate
+    from torchft.chat import main_generate
 
     main_generate(args)
 

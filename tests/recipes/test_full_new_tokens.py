@@ -15,9 +15,9 @@ from tiny_training import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchft.adapter import probe_logits
+from torchft.chat import load_model
 from torchft.cli import main
 from torchft.data.tokenizer import load_tokenizer
-from torchft.generate import load_model
 from torchft.recipes import full_finetune_distributed as recipe
 
 CHATML = ("data.chat_template=chatml", "data.new_tokens=['<|im_start|>','<|im_end|>','<note>']")  # the last in no row

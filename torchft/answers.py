@@ -1,0 +1,91 @@
+"""Answers of a model to examples of a dataset, and how many of them are right."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from torchft.data.chat_template import ChatTemplate
+from torchft.data.dataset import Dataset
+from torchft.data.formats import Example, split_answer
+from torchft.data.tokenize import render_prompt
+from torchft.data.tokenize import stop_ids as template_stop_ids
+from torchft.data.tokenizer import Tokenizer
+from torchft.generate import generate
+from torchft.modules.transformer import CausalLM
+from torchft.ranks import rank
+
+BAR_AFTER = 2.0  # seconds that answers may take without a progress bar
+
+
+class Answer(NamedTuple):
+    """What the model made of one example."""
+
+    prompt: str  # the text of the last message before the answer
+    answer: str
+    expected: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the expected one, blanks at the ends aside."""
+        return self.answer.strip() == self.expected.strip()
+
+
+def first_conversations(dataset: Dataset | None, template: ChatTemplate | None, count: int) -> list[Example]:
+    """The first `count` examples that a model can be asked; none of no dataset, and plain texts have no answers."""
+    if dataset is None or template is None:
+        return []
+    examples = (dataset.example(index) for index in range(len(dataset)))
+    return list(itertools.islice((example for example in examples if example.messages), count))
+
+
+def answer_examples(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Greedy answers to conversations, each asked up to its last assistant turn, with a progress bar on a terminal.
+
+    Raises UserError for a plain text.
+    """
+    stops = template_stop_ids(tokenizer, template)
+    answers = []
+    # disable=None: on a terminal only. miniters=0: each token may draw it, so that its clock runs while a batch is answered;
+    # smoothing=0: its rate is the mean since the start, as one between drawings would be none.
+    shown = {"desc": "answers", "unit": " answers", "leave": False, "delay": BAR_AFTER, "disable": rank() > 0 or None}
+    with tqdm(total=len(examples), miniters=0, smoothing=0, **shown) as bar:
+        options = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "on_token": lambda row, token: bar.update(0)}
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            asked = [split_answer(example) for example in batch]  # (messages, expected)
+            prompts = [
+                render_prompt(messages, example.tools, tokenizer, template)
+                for example, (messages, _) in zip(batch, asked, strict=True)
+            ]
+            replies = generate(model, prompts, **options)
+            bar.update(len(batch))
+            for (messages, expected), reply in zip(asked, replies, strict=True):
+                question = messages[-1].get("content") if messages else ""
+                answers.append(Answer(str(question), tokenizer.decode(reply), expected))
+    return answers
+
+
+def exact_match(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> tuple[float, list[Answer]]:
+    """Share of examples whose greedy answer is the expected one, blanks at the ends aside (0 of none is 0)."""
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    answers = answer_examples(model, tokenizer, template, examples, **options)
+    hits = sum(answer.right for answer in answers)
+    return hits / max(1, len(answers)), answers
