@@ -422,6 +422,16 @@ def test_the_first_failure_is_the_earliest_within_a_second(tmp_path, capsys):
     assert capsys.readouterr().err == "\nrank 3 failed first (after it: rank 0):\nfirst\n"
 
 
+def test_a_rank_that_left_when_it_was_told_to_was_not_first(tmp_path, capsys):
+    """The launcher's time of it is the whole second, before the failure within it."""
+    write_error(tmp_path, 1, 100.9, "error: rows.jsonl:3: no answer; add one")
+    assert launch.print_failure({0: Ended(128 + signal.SIGTERM), 1: Ended(1)}, str(tmp_path)) == 1
+    assert capsys.readouterr().err == "error: rows.jsonl:3: no answer; add one\n"
+    (tmp_path / "alone").mkdir()
+    both = {0: Ended(128 + signal.SIGTERM), 1: Ended(128 + signal.SIGTERM)}  # all saved and stopped: nobody failed
+    assert launch.print_failure(both, str(tmp_path / "alone")) == 143
+
+
 def test_a_killed_rank_comes_before_those_that_noticed(tmp_path, capsys):
     write_error(tmp_path, 0, 100.7, "connection closed by peer")
     assert launch.print_failure({0: Ended(1), 2: Ended(-signal.SIGKILL)}, str(tmp_path)) == 137

@@ -205,14 +205,18 @@ def _who_was_missing(first: Failure, followers: dict[int, Failure]) -> str:
 
 
 def describe_failure(rank: int, failure: Any) -> Failure:
-    """A process that ended without an error file, from torch's ProcessFailure (exitcode below 0: a signal's number)."""
+    """A process that ended without an error file, from torch's ProcessFailure (exitcode below 0: a signal's number).
+
+    The launcher stops the other ranks with SIGTERM once one has failed: a rank that this ended, or that left because of it,
+    was never first. Its time, a whole second, may be earlier than the failure's.
+    """
     if failure.exitcode > 0:
         text = f"it left with exit code {failure.exitcode}; what it printed stands above"
-        return Failure(rank, failure.timestamp, text, failure.exitcode)
+        told = failure.exitcode == 128 + signal.SIGTERM  # checkpoint.StopSignal's
+        return Failure(rank, math.inf if told else failure.timestamp, text, failure.exitcode)
     names = {number.value: number.name for number in signal.Signals}
     name = names.get(-failure.exitcode, f"signal {-failure.exitcode}")
     hint = ", which is often the kernel's answer to memory running out" if name == "SIGKILL" else ""
-    # The launcher stops the other ranks with SIGTERM once one has failed: such a rank was never first.
     time = math.inf if name == "SIGTERM" else failure.timestamp
     return Failure(rank, time, f"it was ended by {name}{hint}", 128 - failure.exitcode)
 
