@@ -5,12 +5,10 @@
     tune run --nproc_per_node 8 dpo_distributed --config llama3_1/8B_full_dpo data.train=pairs.jsonl     # all weights
     tune cp dpo_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/dpo
 
-It is lora_distributed with pairs of answers as data and a loss of pairs (torchft/losses.py), or with lora.rank=0
-full_finetune_distributed; `diff` them. The reference is the model at the start: its adapters switched off, or where all weights
-are trained its log-probabilities, computed once and kept in the run's directory (dpo.reference=precomputed), or a frozen copy
-(copy): torchft/reference.py. A row holds many pairs, each prompt once, and its two answers behind it do not see each other.
-Every process runs all of this; what is printed and written comes from the first. All is in `main`, from top to bottom, and a
-copy is yours to edit. Measured results: docs/RECORDS.md. Left out: new tokens where all weights are trained.
+It is lora_distributed, or with lora.rank=0 full_finetune_distributed (`diff` them), with pairs of answers as data and a loss of pairs
+(torchft/losses.py). The reference (torchft/reference.py) is the model at the start: its adapters off, or, where all weights are
+trained, dpo.reference. A row holds many pairs, each prompt once, and its two answers behind it do not see each other. Every process
+runs all of this, the first prints and writes; a copy is yours to edit. Results: docs/RECORDS.md. Left out: new tokens without adapters.
 """
 
 import math

@@ -133,7 +133,7 @@ def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
 
 def sync_gradients(model: CausalLM, now: bool) -> None:
     """Of a divided model: whether the next backward averages gradients over the processes, or each adds to those that it has."""
-    if any(isinstance(param, DTensor) for param in model.parameters()):
+    if isinstance(next(param for param in model.parameters() if param.requires_grad), DTensor):  # all that are trained, or none
         model.set_requires_gradient_sync(now)
 
 
