@@ -13,14 +13,15 @@ so that both products read slices of it. Added in two steps, as it is usual, the
 that bf16 has rounded already, and its first updates would be lost; and each linear's skinny products and sums, which
 are bound by memory, would read and write the activations six times more (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-A packed E is kept, and the frozen weights are views of it; for NF4 weights, and for those that FSDP2 gathers, E is made for each
-product and dropped. Its lower right corner is never read. Three functions share this file: `lora_linear` here, `lora_norm_linear`
+A packed E is kept, and the frozen weights are views of it; one whose rows are on several processes is fetched
+(torchft/divided_blocks.py); for NF4 weights, and for those that FSDP2 gathers, E is made for each product and dropped. Its lower right corner is never read. Three functions share this file: `lora_linear` here, `lora_norm_linear`
 and `lora_swiglu_linear`. They are autograd Functions and no library ops, which would cost the CPU some 0.5 ms each: more than
 the GPU needs for one at 2,048 tokens. Blocks made of them are not compiled, there is nothing left between them to fuse.
 
 Legend: T tokens, D input width, O output width (all linears together), P padded rank, s alpha / rank.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,15 @@ NF4_PARTS = 5  # storage tensors of an NF4 weight, see kernels/nf4.py
 
 
 class Group(NamedTuple):
-    """Linears of one input. `base`: [E] if packed, else per linear its dense weight or its NF4 storage, as `kinds` says."""
+    """Linears of one input. `base`: [E] if packed, else per linear its dense weight or its NF4 storage, as `kinds` says; or
+    neither, and `fetch` brings E when a product is due."""
 
     base: list[Tensor]
     kinds: str  # "p": packed; else one letter per linear: d dense, n NF4
     a: list[Tensor]  # (r, D) each
     b: list[Tensor]  # (o, r) each
     scale: float
+    fetch: Callable[[], Tensor] | None = None
 
 
 def padded_rank(b: list[Tensor]) -> int:
@@ -113,7 +116,9 @@ def _write_adapter(
 
 
 def extended_weight(group: Group, dtype: torch.dtype, eager: bool, adapters_only: bool = False) -> Tensor:
-    """E of a group: the packed one, or a new one; with adapters_only that need not have more than its last P rows, [sA 0]."""
+    """E of a group: the packed or fetched one, or a new one; with adapters_only that need not have more than its last P rows, [sA 0]."""
+    if group.fetch is not None:
+        return group.fetch()
     if group.kinds == "p":
         return group.base[0]
     if adapters_only:

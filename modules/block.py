@@ -45,6 +45,10 @@ class Block(nn.Module):
         h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache, start)
         return h + self.mlp(self.post_attention_layernorm(h))
 
+    def can_be_divided(self, parts: int) -> bool:
+        """Whether its frozen weights can be divided over that many processes without the rest: see torchft/divided_blocks.py."""
+        return False
+
     def bytes_beside(self) -> int:
         """What the block holds where nothing of it is recomputed, beside its parameters and what autograd saves."""
         return 0

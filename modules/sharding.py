@@ -33,6 +33,7 @@ class ShardReport:
     kept_whole: tuple[str, ...]  # names of frozen ones that every process holds, because they cannot be divided
     ends_whole: tuple[str, ...] = ()  # and embed_tokens in CPU memory, lm_head in 8 bits
     in_cpu_memory: bool = False  # each block's weights travel to the device when it computes, their gradients back
+    fetched: str = ""  # how the rows of other processes come, where frozen weights of fused blocks alone are divided
 
     def __str__(self) -> str:
         processes = self.num_parts * self.num_copies
@@ -42,6 +43,8 @@ class ShardReport:
             each = f"each of {processes} processes holds the whole model; gradients are averaged once a step"
             return each if processes > 1 else "1 process: nothing is divided"
         line = self._divided()
+        if self.fetched:
+            line += f", {self.fetched} while the block before computes; all else is whole on each"
         if self.kept_whole:
             line += (
                 f"; {len(self.kept_whole)} NF4 tensors whole on each (first: {self.kept_whole[0]}, which cannot be cut into "

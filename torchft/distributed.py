@@ -5,6 +5,7 @@ On one process without `join_processes` the questions at the end answer for that
 whose patience is long, because tokenising or downloading on one process may take hours.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +26,13 @@ from torchft.modules import fp8, int8_head, nf4
 from torchft.modules.host_embedding import frozen_on_device
 from torchft.modules.sharding import ShardReport, shard_model
 from torchft.modules.transformer import CausalLM
-from torchft.ranks import local_rank, rank, world_size
+from torchft.ranks import local_rank, local_world_size, rank, world_size
 
 T = TypeVar("T")
 HOST_TIMEOUT = timedelta(hours=24)  # a failed process ends the others at once, see crash.leave_when_another_fails
 STALLED = timedelta(minutes=10)  # for which the devices wait for one of them, before all fail
 FITS = 0.4  # share of a GPU's memory that a model held whole may take
+ADAPTERS_FIT = 0.1  # and adapters with their gradients and moments, where only the base is divided
 BUCKET = 2**26  # elements of gradients that are whole travel together: 256 MiB
 
 
@@ -99,8 +101,9 @@ def divide(
 
     auto: a frozen base and its adapters that take at most 40% of the GPU, gradients and moments included, stay whole on each
     process, else (and on CPUs, which share one memory, and where all is trained) they are divided over all. Nothing travels
-    of what is whole but the adapters' gradients: `mean_gradients`. `kept`, `computed`: dtypes of a model trained whole, as
-    it lies and as it is gathered to compute with.
+    of what is whole but the adapters' gradients: `mean_gradients`. Of fused blocks the frozen weights alone are divided
+    (divided_blocks.py), of all else every parameter, by FSDP2. `kept`, `computed`: dtypes of a model trained whole, as it lies and
+    as it is gathered to compute with.
     """
     world = world_size()
     in_cpu_memory = "weights" in cfg.offload
@@ -113,7 +116,35 @@ def divide(
             return ShardReport(1, world, 0, ())
     shape, names = ((world,), ("shard",)) if parts == world else ((world // parts, parts), ("copies", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    if not in_cpu_memory and _base_alone(model, parts, device):
+        from torchft.divided_blocks import divide_blocks  # here: Triton is not everywhere
+
+        copies = not highest(int(cfg.kernels.get("peers") == "eager" or not _sees_peers(parts, device)))
+        num_divided = divide_blocks(model, mesh, copies=copies)
+        return ShardReport(parts, world // parts, num_divided, (), fetched="copied from the other GPUs" if copies else "gathered")
     return shard_model(model, mesh, compute_dtype=computed, in_cpu_memory=in_cpu_memory)
+
+
+def _base_alone(model: CausalLM, parts: int, device: torch.device) -> bool:
+    """Whether to divide the frozen weights of fused blocks alone: what is trained must be small enough to be whole on each."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    adapters = all(".lora_" in name for name, param in model.named_parameters() if param.requires_grad)
+    possible = adapters and all(block.can_be_divided(parts) for block in model.model.layers)
+    return not highest(int(not possible or _trained_bytes(model) > ADAPTERS_FIT * total))
+
+
+def _sees_peers(parts: int, device: torch.device) -> bool:
+    """Whether this GPU can read the memory of those of the processes that share a model with it."""
+    if device.type != "cuda":
+        return False
+    first = rank() - rank() % parts  # of them; those on this host are numbered there as they are among all
+    others = [local_rank() + other - rank() for other in range(first, first + parts) if other != rank()]
+    on_host = range(local_world_size())
+    return all(other in on_host and torch.cuda.can_device_access_peer(local_rank(), other) for other in others)
+
+
+def _trained_bytes(model: CausalLM) -> int:
+    return sum(16 * param.numel() for param in model.parameters() if param.requires_grad)  # fp32, gradient, two moments
 
 
 def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
@@ -127,8 +158,7 @@ def _fits(model: CausalLM, cfg: ModelConfig, device: torch.device) -> bool:
         return nf4.BYTES if isinstance(param, nf4.NF4Tensor) else dense_bytes
 
     frozen_bytes = sum(param.numel() * each(param) for param in frozen_on_device(model))
-    trained_bytes = sum(16 * param.numel() for param in model.parameters() if param.requires_grad)  # fp32, gradient, two moments
-    return frozen_bytes + trained_bytes <= FITS * torch.cuda.get_device_properties(device).total_memory
+    return frozen_bytes + _trained_bytes(model) <= FITS * torch.cuda.get_device_properties(device).total_memory
 
 
 def sync_gradients(model: CausalLM, now: bool) -> None:

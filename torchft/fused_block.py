@@ -1,13 +1,19 @@
 """A transformer block as five ops around attention: folded LoRA products with the norms, the gate and the sums that feed them.
 
 Swapped in by torchft.fuse. Frozen weights that stay on this process are re-laid once, as views of a matrix E that has room
-for the adapters (kernels/lora_linear.py); NF4 weights, and those that FSDP2 gathers, are put into one for each product.
+for the adapters (kernels/lora_linear.py); those of which it holds some rows come in one (divided_blocks.py); NF4 weights, and those
+that FSDP2 gathers, are put into one for each product.
 
 Legend: B batch, T tokens, D hidden, H heads, K key/value heads, E head_dim.
 """
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from torchft.kernels.lora_linear import Group, lora_linear, new_extended, write_adapters
 from torchft.kernels.lora_norm_linear import lora_norm_linear
@@ -20,6 +26,9 @@ from torchft.modules.checkpointing import run_again
 from torchft.modules.feed_forward import PackedFeedForward
 from torchft.modules.lora import LoRALinear
 
+if TYPE_CHECKING:  # that module imports this one
+    from torchft.divided_blocks import DividedBlocks
+
 QKV, O, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 PACKED_QKV, PACKED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)  # where the checkpoint has one linear already (Phi-3)
 
@@ -30,6 +39,8 @@ class FusedBlock(Block):
     draws = False  # no dropout: fuse leaves blocks that have it as they are
     splits = True
     compilable = False  # its ops are opaque, and there is nothing left between them
+    divided: "DividedBlocks | None" = None  # what brings its frozen weights, where this process holds but some of their rows,
+    index = 0  # to this block's number
 
     def __init__(self, block: Block, eager: str) -> None:
         nn.Module.__init__(self)
@@ -46,6 +57,8 @@ class FusedBlock(Block):
         self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
     ) -> Tensor:
         """As Block.forward."""
+        if cache is not None and isinstance(self.self_attn.o_proj.weight, DTensor) and self.divided is not None:
+            return functional_call(self, self._whole_weights(), (h, cos, sin, mask, cache, start))
         if cache is not None:
             return super().forward(h, cos, sin, mask, cache, start)
         flat, delta = self._attention_half(h, cos, sin, mask)
@@ -102,6 +115,10 @@ class FusedBlock(Block):
         a, b = [pair[0] for pair in adapters], [pair[1] for pair in adapters]
         biases = [linear.bias for linear in linears]
         bias = None if biases[0] is None else torch.cat(biases)
+        if self.divided is not None:
+            self.divided.forward_begins(self.index, names[0])
+            fetch = partial(self.divided.extended, self.index, names[0], a, b, self.scale)
+            return Group([], "", a, b, self.scale, fetch), bias
         if self.base_stays and not any(isinstance(linear.weight, nf4.NF4Tensor) for linear in linears):
             extended = self._extended(names[0], linears, a, b)
             # Each time: a fused optimizer's step shows in no version counter.
@@ -110,6 +127,22 @@ class FusedBlock(Block):
         kinds = "".join("n" if isinstance(linear.weight, nf4.NF4Tensor) else "d" for linear in linears)
         base = [part for linear in linears for part in nf4.storage(linear.weight)]
         return Group(base, kinds, a, b, self.scale), bias
+
+    def can_be_divided(self, parts: int) -> bool:
+        """As Block.can_be_divided: not if it is NF4, of which a quarter travels, or has rows that cannot be dealt out evenly."""
+        weights = [linear.weight for linears in self.groups().values() for linear in linears]
+        return not any(isinstance(weight, nf4.NF4Tensor) or len(weight) % parts for weight in weights)
+
+    def groups(self) -> dict[str, list[nn.Linear]]:
+        """The linears of each of the four products, by the name of the first."""
+        attention, mlp = self.self_attn, self.mlp
+        of = ((attention, self.qkv), (attention, O), (mlp, self.gate_up), (mlp, DOWN))
+        return {names[0]: [getattr(parent, name) for name in names] for parent, names in of}
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """Of a divided block, by their names in it, for the plain forward."""
+        weights = self.divided.weights(self.index)
+        return {f"{name}.weight": weights[id(module)] for name, module in self.named_modules() if id(module) in weights}
 
     def _kept(self, key: str, linears: list[nn.Linear]) -> Tensor | None:
         """The matrix laid for these linears, as long as their weights are still views of it."""

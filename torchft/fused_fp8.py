@@ -45,6 +45,10 @@ class FusedFp8Block(FusedBlock):
         total, y = fp8_mlp(flat, delta, Mlp(norm.weight, norm.eps, *groups, self.eager, replayed))
         return total if replayed else total + y
 
+    def can_be_divided(self, parts: int) -> bool:
+        """Not without the rest: FSDP2 divides it."""
+        return False
+
     def bytes_beside(self) -> int:
         """The transposes, see above."""
         return sum(param.numel() for param in self.parameters() if is_fp8(param)) if self.base_stays else 0

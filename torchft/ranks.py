@@ -15,6 +15,11 @@ def local_rank() -> int:
     return _environment_number("LOCAL_RANK", 0)
 
 
+def local_world_size() -> int:
+    """Number of processes on this node."""
+    return _environment_number("LOCAL_WORLD_SIZE", 1)
+
+
 def world_size() -> int:
     """Number of processes over all nodes."""
     return _environment_number("WORLD_SIZE", 1)
