@@ -28,6 +28,7 @@ class Block(nn.Module):
     splits = False  # whether it can
     draws = True  # whether its forward may draw random numbers (dropout)
     compilable = True  # whether torch.compile has something to gain
+    divided = None  # torchft.divided_blocks.DividedBlocks, where this process holds but some rows of its frozen weights
     norms = ("input_layernorm", "post_attention_layernorm")
     feed_forward = "mlp"  # what the checkpoint calls it
 

@@ -26,18 +26,20 @@ LAYERS = 5
 TOLERANCE = 1e-5
 
 
-def model_of(variant: str) -> CausalLM:
+def model_of(variant: str, device: str = "cpu") -> CausalLM:
     """With adapters on all linears, on two, or biases or packed linears besides; its blocks are fused."""
     spec = LoraSpec(rank=4, alpha=12, target_modules=["q_proj", "down_proj"]) if variant == "few adapters" else None
     others = {"packed": {"packed_qkv": True, "packed_gate_up": True}, "biased": {"qkv_bias": True, "mlp_bias": True}}.get(variant, {})
-    model = adapted(spec, num_hidden_layers=LAYERS, **others)
-    swap(model, ALL)
+    model = adapted(spec, num_hidden_layers=LAYERS, **others).to(device)
+    swap(model, ALL if device == "cpu" else ())
     return model
 
 
-def divided(variant: str, shape: tuple[int, ...], *, copies: bool = False, recomputed: str = "none") -> CausalLM:
+def divided(
+    variant: str, shape: tuple[int, ...], *, copies: bool = False, recomputed: str = "none", device: str = "cpu"
+) -> CausalLM:
     """The same model, of which this process holds its rows."""
-    model = model_of(variant)
+    model = model_of(variant, device)
     apply_activation_checkpointing(model, recomputed)
     values = {}
     for block in model.model.layers:
@@ -45,7 +47,7 @@ def divided(variant: str, shape: tuple[int, ...], *, copies: bool = False, recom
             values[linear] = linear.weight.detach()
             linear.weight = torch.nn.Parameter(linear.weight.to("meta"), requires_grad=False)
     names = ("copies", "shard")[2 - len(shape) :]
-    assert divide_blocks(model, init_device_mesh("cpu", shape, mesh_dim_names=names), copies=copies) == len(values)
+    assert divide_blocks(model, init_device_mesh(device, shape, mesh_dim_names=names), copies=copies) == len(values)
     for linear, value in values.items():
         part = value[rows_held(linear.weight)].clone()
         linear.weight = torch.nn.Parameter(divided_like(part, linear.weight), requires_grad=False)

@@ -94,7 +94,7 @@ class DividedBlocks:
 
     def __init__(self, blocks: list[FusedBlock], mesh: DeviceMesh, copies: bool) -> None:
         self._group = mesh.get_group(mesh.ndim - 1)
-        self._rank, self._parts, self._copies = self._group.rank(), self._group.size(), copies
+        self._rank, self._parts, self.copies = self._group.rank(), self._group.size(), copies
         self._layouts = [_layout(block, self._parts) for block in blocks]
         self._held: list[list[Tensor]] = []  # by block, then by process (without copies: this one's alone), flat
         self._slots: list[Slot] = []
@@ -115,6 +115,14 @@ class DividedBlocks:
         for slot in self._slots:
             if slot.block == index:
                 slot.scales.pop(key, None)
+
+    def forget(self) -> None:
+        """What is in the slots counts no more: a CUDA graph is about to fill them, or has done so."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        for slot in self._slots:
+            slot.block = slot.ready = None
+            slot.scales.clear()
 
     def weights(self, index: int) -> dict[int, Tensor]:
         """The whole weights of a block, by the id of their linear, until another block's are asked for."""
@@ -168,7 +176,7 @@ class DividedBlocks:
             rows = linear.out_features // self._parts
             parts = [part[offset : offset + rows * width].view(rows, width) for part in held]
             everything = matrix[row : row + linear.out_features]
-            if self._copies:
+            if self.copies:
                 for turn in range(self._parts):  # each begins elsewhere, so that not all read from one
                     other = (self._rank + turn) % self._parts
                     everything[other * rows : (other + 1) * rows].copy_(parts[other])
@@ -186,7 +194,7 @@ class DividedBlocks:
         like = local(next(iter(self._layouts[0].groups.values())).modules[0].weight)
         for layout in self._layouts:
             held = self._allocate(layout.held_numel, like)
-            mine = held[self._rank if self._copies else 0]
+            mine = held[self._rank if self.copies else 0]
             for group in layout.groups.values():
                 width, offset = group.shape[1], group.held
                 for linear in group.modules:
@@ -200,12 +208,12 @@ class DividedBlocks:
         self._slots = [Slot(like.new_empty(numel)) for _ in self._layouts[:2]]
         if like.is_cuda:
             self._stream = torch.cuda.Stream()
-        if self._copies:
-            dist.barrier(self._group)  # everyone's rows lie there: from now on they are read at any time
+        if self.copies:  # everyone's rows must lie there: from then on they are read at any time
+            dist.all_reduce(like.new_zeros(()), group=self._group)
 
     def _allocate(self, numel: int, like: Tensor) -> list[Tensor]:
         """Memory of this process's, or with copies everyone's as this one sees it, by rank."""
-        if not self._copies:
+        if not self.copies:
             return [like.new_empty(numel)]
         import torch.distributed._symmetric_memory as symmetric  # here: it takes its time, and only builds for CUDA have it
 

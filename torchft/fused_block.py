@@ -8,7 +8,6 @@ Legend: B batch, T tokens, D hidden, H heads, K key/value heads, E head_dim.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,6 @@ from torchft.modules.checkpointing import run_again
 from torchft.modules.feed_forward import PackedFeedForward
 from torchft.modules.lora import LoRALinear
 
-if TYPE_CHECKING:  # that module imports this one
-    from torchft.divided_blocks import DividedBlocks
-
 QKV, O, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 PACKED_QKV, PACKED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)  # where the checkpoint has one linear already (Phi-3)
 
@@ -39,8 +35,7 @@ class FusedBlock(Block):
     draws = False  # no dropout: fuse leaves blocks that have it as they are
     splits = True
     compilable = False  # its ops are opaque, and there is nothing left between them
-    divided: "DividedBlocks | None" = None  # what brings its frozen weights, where this process holds but some of their rows,
-    index = 0  # to this block's number
+    index = 0  # this block's number, where it is divided
 
     def __init__(self, block: Block, eager: str) -> None:
         nn.Module.__init__(self)

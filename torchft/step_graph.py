@@ -8,8 +8,8 @@ is computed stays the same, up to the kernels that libraries choose; batches of 
 before.
 
 Nothing in such a step may look at a value on the GPU, draw random numbers or copy from memory that is not pinned: so it takes
-fused blocks, the loss's kernel, a frozen embedding and head, weights that are not divided, and RoPE that does not go by the
-lengths of the documents. With run.deterministic there is no graph: a run that goes on after a stop, launch by launch at first, would
+fused blocks, the loss's kernel, a frozen embedding and head, weights that are here whole or are copied here without a word to other
+processes (divided_blocks.py), and RoPE that does not go by the lengths of the documents. With run.deterministic there is no graph: a run that goes on after a stop, launch by launch at first, would
 not have the same bits. A graph has memory of its own, about as much as the step takes without it, which nothing else can use:
 there must be room for both. What is allocated, the peak in the log, does not hold it; `graph_gib` there does.
 
@@ -113,7 +113,9 @@ class StepGraph:
         divisor = torch.ones((), device=batch.input_ids.device)
         before = self._take_grads()
         traffic, graph, reserved = model.model.checkpointing.traffic, torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
-        sent = traffic.sent if traffic else 0
+        sent, divided = traffic.sent if traffic else 0, model.model.layers[0].divided
+        if divided is not None:
+            divided.forget()  # so that the graph fetches all that it needs
         try:
             # Other threads may ask the GPU things meanwhile: NCCL's, which looks after its own, or one that writes a checkpoint.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -121,6 +123,8 @@ class StepGraph:
         except RuntimeError as error:
             error.add_note("This came up while a step was recorded; model.kernels={graph: eager} launches kernel by kernel.")
             raise
+        if divided is not None:
+            divided.forget()  # nothing has been fetched yet
         grads = self._take_grads()
         self._give_grads(before)
         own, (num_rows, width) = (torch.cuda.memory_reserved() - reserved) / GIB, batch.input_ids.shape
@@ -138,6 +142,9 @@ class StepGraph:
         for name, value in recorded.batch.tensors().items():
             value.copy_(getattr(batch, name))
         recorded.divisor.fill_(divisor)
+        weights = model.model.layers[0].divided
+        if weights is not None:
+            weights.forget()  # nothing else may be under way to where the graph puts them
         recorded.graph.replay()
         if model.model.checkpointing.traffic:
             model.model.checkpointing.traffic.sent += recorded.offloaded
@@ -174,7 +181,7 @@ def why_not(model: CausalLM, switches: dict[str, str]) -> str:
         "model.kernels says so": "eager" in (switches.get("graph"), switches.get("cross_entropy")),
         "run.deterministic: a run that goes on begins launch by launch": torch.are_deterministic_algorithms_enabled(),
         "the model is not on a GPU": params[trained[0]].device.type != "cuda",
-        "its weights are divided over processes": any(isinstance(param, DTensor) for param in params.values()),
+        "its weights are divided over processes, which gather them together": _gathers(model),
         "its blocks are not fused": any(block.compilable or block.draws for block in blocks),
         "more than adapters is trained": any(".lora_" not in name for name in trained),
         "its RoPE goes by the lengths of the documents": any(rope.kind in BY_LENGTH for rope in model.model.ropes),
@@ -182,6 +189,11 @@ def why_not(model: CausalLM, switches: dict[str, str]) -> str:
         "the CPU fetches the embedding's rows": _waits(model.model.embed_tokens),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _gathers(model: CausalLM) -> bool:
+    divided = model.model.layers[0].divided
+    return any(isinstance(param, DTensor) for param in model.parameters()) and (divided is None or not divided.copies)
 
 
 def _waits(embedding: nn.Module) -> bool:
