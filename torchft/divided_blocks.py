@@ -95,14 +95,17 @@ class DividedBlocks:
     def __init__(self, blocks: list[FusedBlock], mesh: DeviceMesh, copies: bool) -> None:
         self._group = mesh.get_group(mesh.ndim - 1)
         self._rank, self._parts, self.copies = self._group.rank(), self._group.size(), copies
-        self._layouts = [_layout(block, self._parts) for block in blocks]
+        self._blocks, self._layouts = blocks, [_layout(block, self._parts) for block in blocks]
         self._held: list[list[Tensor]] = []  # by block, then by process (without copies: this one's alone), flat
         self._slots: list[Slot] = []
         self._stream: torch.cuda.Stream | None = None
         self._now, self._step = 0, 1  # the block that computes, and where the next one is
 
     def extended(self, index: int, key: str, a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
-        """E (O + P, D + P) of a group of block number `index` with these adapters in it, until another block's is asked for."""
+        """E (O + P, D + P) of a group of block number `index` with these adapters in it, until another block's is asked for.
+
+        They are written while it is fetched; here only if they have changed since.
+        """
         slot = self._arrived(index)
         matrix = self._matrix(slot, self._layouts[index].groups[key])
         if slot.scales.get(key) != scale:
@@ -110,11 +113,10 @@ class DividedBlocks:
             slot.scales[key] = scale
         return matrix
 
-    def forward_begins(self, index: int, key: str) -> None:
-        """The adapters of a group may be others than they were: an optimizer's step shows in no version counter."""
+    def forward_begins(self) -> None:
+        """Adapters may be others than they were when what is in the slots was fetched: an optimizer's step shows in no counter."""
         for slot in self._slots:
-            if slot.block == index:
-                slot.scales.pop(key, None)
+            slot.scales.clear()
 
     def forget(self) -> None:
         """What is in the slots counts no more: a CUDA graph is about to fill them, or has done so."""
@@ -164,8 +166,12 @@ class DividedBlocks:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for group in self._layouts[index].groups.values():
-                self._fill(self._matrix(slot, group), group, self._held[index])
+            for key, group in self._layouts[index].groups.items():
+                matrix = self._matrix(slot, group)
+                self._fill(matrix, group, self._held[index])
+                a, b = zip(*(adapter_of(linear) for linear in group.modules), strict=True)
+                slot.scales[key] = self._blocks[index].scale
+                write_adapters(matrix, list(a), list(b), slot.scales[key], eager=not matrix.is_cuda)
             if self._stream is not None:
                 slot.ready = self._stream.record_event()
         return slot

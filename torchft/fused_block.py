@@ -56,6 +56,8 @@ class FusedBlock(Block):
             return functional_call(self, self._whole_weights(), (h, cos, sin, mask, cache, start))
         if cache is not None:
             return super().forward(h, cos, sin, mask, cache, start)
+        if self.divided is not None and self.index == 0:
+            self.divided.forward_begins()
         flat, delta = self._attention_half(h, cos, sin, mask)
         if self.split and torch.is_grad_enabled():
             return run_again(self._mlp_half, flat, delta, draws=False).view(h.shape)
@@ -111,7 +113,6 @@ class FusedBlock(Block):
         biases = [linear.bias for linear in linears]
         bias = None if biases[0] is None else torch.cat(biases)
         if self.divided is not None:
-            self.divided.forward_begins(self.index, names[0])
             fetch = partial(self.divided.extended, self.index, names[0], a, b, self.scale)
             return Group([], "", a, b, self.scale, fetch), bias
         if self.base_stays and not any(isinstance(linear.weight, nf4.NF4Tensor) for linear in linears):
