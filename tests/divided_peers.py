@@ -16,7 +16,6 @@ from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.transformer import CausalLM, KVCache
 from torchft.step_graph import StepGraph
 
-PLAN = [[rows(n, "cuda"), rows(10 + n, "cuda")] for n in range(4)]
 WAYS = {"copied": True, "gathered": False}
 
 
@@ -29,14 +28,14 @@ def answers(model: CausalLM) -> Tensor:
 
 def results(model: CausalLM, graph: bool) -> list[Tensor]:
     """Of steps, of a forward without gradients, which leaves other blocks in the slots, of answers, and of steps again."""
-    log = Log()
+    log, plan = Log(), [[rows(n, "cuda"), rows(10 + n, "cuda")] for n in range(4)]
     run = StepGraph(run_batch, model, {}, log) if graph else run_batch
-    found = steps(run, model, PLAN, rate=0.01)
+    found = steps(run, model, plan, rate=0.01)
     with torch.no_grad():
         row = rows(30, "cuda")
         found.append(model(row.input_ids, positions=row.positions, documents=row.documents, labels=row.labels))
     found.append(answers(model))
-    found += steps(run, model, PLAN, rate=0.01)
+    found += steps(run, model, plan, rate=0.01)
     assert not graph or (run._recorded is not None) == log.lines[0].startswith("CUDA graph: micro-batches"), log.lines
     return [*found, torch.tensor(float(graph and run._recorded is not None))]
 
