@@ -6,7 +6,8 @@ block computes. The functions here treat an ordinary tensor as the case of one h
 forward travels by gloo.
 
 Order: model on meta -> adapters -> NF4 -> checkpointing -> compile -> `shard_model` -> fill every parameter.
-Left out: dividing anything but rows (tensor parallelism).
+Left out: dividing anything but rows (tensor parallelism); frozen weights of fused blocks (torchft/divided_blocks.py), for which the
+functions below hold as well.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@
     tune run --nproc_per_node 8 lora_distributed --config llama3_3/70B_lora data.train=my.jsonl
     tune cp lora_distributed ./mine.py && tune run --nproc_per_node 2 ./mine.py --config tiny/lora
 
-It is lora_single_device on several processes, each with a whole model, or, where that does not fit, its part of one (FSDP2). The
+It is lora_single_device on several processes, each with a whole model, or, where that does not fit, its part of one. The
 same file of options gives the same steps: `diff` the two to see what distribution takes. Every process runs all of this; what is
 printed and written comes from the first.
 The whole run is in `main`, from top to bottom: model, optimizer, data, resume, loop, export. Nothing else drives it, so a copy

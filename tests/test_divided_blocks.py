@@ -27,8 +27,9 @@ TOLERANCE = 1e-5
 
 
 def model_of(variant: str, device: str = "cpu") -> CausalLM:
-    """With adapters on all linears, on two, or biases or packed linears besides; its blocks are fused."""
-    spec = LoraSpec(rank=4, alpha=12, target_modules=["q_proj", "down_proj"]) if variant == "few adapters" else None
+    """With adapters on all linears, on two, on those of one layer, or biases or packed linears besides; its blocks are fused."""
+    few = {"few adapters": ("q_proj", "down_proj"), "one layer": ("layers.2.self_attn.v_proj", "layers.2.mlp.up_proj")}
+    spec = LoraSpec(rank=4, alpha=12, target_modules=few[variant]) if variant in few else None
     others = {"packed": {"packed_qkv": True, "packed_gate_up": True}, "biased": {"qkv_bias": True, "mlp_bias": True}}.get(variant, {})
     model = adapted(spec, num_hidden_layers=LAYERS, **others).to(device)
     swap(model, ALL if device == "cpu" else ())
@@ -72,7 +73,7 @@ def assert_near(ours: tuple, theirs: tuple) -> None:
 
 
 @pytest.mark.parametrize("recomputed", ["none", "full", "every_2"])
-@pytest.mark.parametrize("variant, shape", [("all", (2,)), ("few adapters", (4,)), ("biased", (2, 2)), ("packed", (2,))])
+@pytest.mark.parametrize("variant, shape", [("all", (2,)), ("few adapters", (4,)), ("one layer", (2,)), ("biased", (2, 2)), ("packed", (2,))])
 def test_losses_and_gradients_are_those_of_the_whole_model(tmp_path: Path, variant: str, shape: tuple[int, ...], recomputed: str) -> None:
     """Three steps between which adapters change, and one without gradients: what stays in a slot has the adapters of then."""
     alone = model_of(variant)

@@ -97,6 +97,7 @@ VARIANTS: dict[str, Callable[[], CausalLM]] = {
     "qk_norm": lambda: adapted(qk_norm=True),
     "rslora": lambda: adapted(LoraSpec(rank=5, alpha=7, use_rslora=True)),
     "some linears": lambda: adapted(LoraSpec(rank=4, alpha=12, target_modules=("q_proj", "v_proj", "down_proj"))),
+    "one layer": lambda: adapted(LoraSpec(rank=4, alpha=12, target_modules=("layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"))),
     "rank 70": lambda: adapted(LoraSpec(rank=70, alpha=12)),
     "window": lambda: adapted(sliding_windows=(None, 7, 7)),
     "packed": lambda: adapted(packed_qkv=True, packed_gate_up=True),

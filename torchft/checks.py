@@ -27,7 +27,7 @@ CHOICES = {
     "dpo.reference": ("auto", "precomputed", "copy"),
 }
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding")  # lora: the folded products
-SWITCHES = (*KERNELS, "graph", "peers")  # of model.kernels; graph: see torchft/step_graph.py; peers: torchft/divided_blocks.py
+SWITCHES = (*KERNELS, "graph", "peers")  # of model.kernels; see torchft/fuse.py, step_graph.py and divided_blocks.py
 OFFLOADED = ("activations", "block_inputs", "embeddings", "weights")
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}

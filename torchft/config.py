@@ -21,7 +21,7 @@ class ModelConfig:
     activation_checkpointing: str = "none"  # none | full | every_<n>: every n-th block is recomputed | auto: what does not fit
     offload: list[str] = field(default_factory=list)  # to CPU memory: activations or block_inputs (of recomputed blocks), embeddings, weights
     compile: str = "auto"  # auto (on for CUDA, off on CPU) | on | off; of blocks that are not fused
-    kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; see torchft/fuse.py and step_graph.py
+    kernels: dict[str, str] = field(default_factory=dict)  # to switch one off: {rope: eager}; all names: torchft/checks.py
     shard: str = "auto"  # each weight over how many processes: all | <n> | auto (1 where a frozen base and its adapters fit, else all)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -50,6 +51,8 @@ def compile_blocks(model: CausalLM, mode: str, device: torch.device, say: Callab
     if missing:
         say(f"compile: off, since this machine lacks {missing}; the run is slower and takes more memory")
         return
+    # fp32 is multiplied as fp32 where it is asked for: nothing that a user should change at every start
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32 matrix multiplication")
     torch._functorch.config.activation_memory_budget = _budget(model)  # read when backward is built, in the first step
     blocks = [block for block in model.model.layers if block.compilable]
     for block in blocks:

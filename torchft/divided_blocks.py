@@ -200,15 +200,8 @@ class DividedBlocks:
         like = local(next(iter(self._layouts[0].groups.values())).modules[0].weight)
         for layout in self._layouts:
             held = self._allocate(layout.held_numel, like)
-            mine = held[self._rank if self.copies else 0]
             for group in layout.groups.values():
-                width, offset = group.shape[1], group.held
-                for linear in group.modules:
-                    rows = linear.out_features // self._parts
-                    place = mine[offset : offset + rows * width].view(rows, width)[:, : linear.in_features]
-                    place.copy_(local(linear.weight))
-                    linear.weight = nn.Parameter(divided_like(place, linear.weight), requires_grad=False)
-                    offset += rows * width
+                self._move(group, held[self._rank if self.copies else 0])
             self._held.append(held)
         numel = max(layout.slot_numel for layout in self._layouts)
         self._slots = [Slot(like.new_empty(numel)) for _ in self._layouts[:2]]
@@ -216,6 +209,16 @@ class DividedBlocks:
             self._stream = torch.cuda.Stream()
         if self.copies:  # everyone's rows must lie there: from then on they are read at any time
             dist.all_reduce(like.new_zeros(()), group=self._group)
+
+    def _move(self, group: Linears, held: Tensor) -> None:
+        """This process's rows of a group into `held`; from then on the weights are views of it."""
+        width, offset = group.shape[1], group.held
+        for linear in group.modules:
+            rows = linear.out_features // self._parts
+            place = held[offset : offset + rows * width].view(rows, width)[:, : linear.in_features]
+            place.copy_(local(linear.weight))
+            linear.weight = nn.Parameter(divided_like(place, linear.weight), requires_grad=False)
+            offset += rows * width
 
     def _allocate(self, numel: int, like: Tensor) -> list[Tensor]:
         """Memory of this process's, or with copies everyone's as this one sees it, by rank."""

@@ -89,7 +89,7 @@ class FusedBlock(Block):
     @property
     def scale(self) -> float:
         """Of all adapters of the model; 0 where they are switched off, so that a reference comes out of the very same products."""
-        return self.adapted[0].scale if self.adapted[0].enabled else 0.0
+        return self.adapted[0].scale if self.adapted and self.adapted[0].enabled else 0.0
 
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, plain = self.self_attn, "rope" in self.eager

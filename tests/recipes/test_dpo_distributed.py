@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from test_lora_single_device import log_records, relative_error
 from tiny_training import assert_same
 
+from torchft.checks import KERNELS
 from torchft.errors import ConfigError
+from torchft.fuse import swap
 from torchft.losses import REFERENCE_FREE
 from torchft.names import RECIPES
 from torchft.parse import parse
@@ -116,6 +118,16 @@ def test_any_number_of_processes_gives_one_curve(small_model: Path, pair_data: P
     expected = train(1, small_model, pair_data, tmp_path / "1", *more)
     for processes in (2, 4) if variant == "packed" else (2,):
         assert_same_run(train(processes, small_model, pair_data, tmp_path / f"{processes}", *more), expected)
+
+
+def test_fused_blocks_of_a_divided_base_give_the_same_curve(
+    small_model: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their matrices hold the policy's adapters and the reference's by turns; here without Triton."""
+    monkeypatch.setattr(recipe, "fuse", lambda model, switches, device: swap(model, tuple(name for name in KERNELS if name != "lora")))
+    expected = train(1, small_model, pair_data, tmp_path / "1")
+    assert_same_run(train(2, small_model, pair_data, tmp_path / "2", "model.shard=all"), expected)
+    assert_same_run(train(2, small_model, pair_data, tmp_path / "again", "model.shard=all", "model.activation_checkpointing=full"), expected)
 
 
 @pytest.mark.parametrize("step", [1, 4])

@@ -10,12 +10,14 @@ from processes import problems, run_processes
 from test_dpo_distributed import SHORT, STEPS, assert_same_run
 from test_lora_single_device import log_records
 
+from torchft.checks import KERNELS
 from torchft.config import ASSETS, DataConfig, SourceConfig
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import Dataset, build_dataset
 from torchft.data.mismatched import mismatched
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import ConfigError, UserError
+from torchft.fuse import swap
 from torchft.parse import parse
 from torchft.recipes import kto_distributed as recipe
 
@@ -122,6 +124,15 @@ def test_any_number_of_processes_gives_one_curve(
     expected = train(1, small_model, verdict_data, tmp_path / "1", *SHORT, *more)
     processes = 4 if more == PACKED else 2
     assert_same_run(train(processes, small_model, verdict_data, tmp_path / "several", *SHORT, *more), expected)
+
+
+def test_fused_blocks_of_a_divided_base_give_the_same_curve(
+    small_model: Path, verdict_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three forwards a step, of the policy, its reference and mismatched answers; here without Triton."""
+    monkeypatch.setattr(recipe, "fuse", lambda model, switches, device: swap(model, tuple(name for name in KERNELS if name != "lora")))
+    expected = train(1, small_model, verdict_data, tmp_path / "1", *SHORT)
+    assert_same_run(train(2, small_model, verdict_data, tmp_path / "2", *SHORT, "model.shard=all"), expected)
 
 
 def test_a_resumed_run_is_the_same_bits(small_model: Path, verdict_data: Path, straight: Path, tmp_path: Path) -> None:
