@@ -38,6 +38,7 @@ from torchft.modules.sharding import divided_like, local, on_mesh
 from torchft.modules.transformer import CausalLM
 
 ALIGNMENT = 512  # elements at which an E begins
+all_gather = vars(dist).get("all_gather_single", dist.all_gather_into_tensor)  # which was its name before torch 2.13
 
 
 class Linears(NamedTuple):
@@ -187,7 +188,7 @@ class DividedBlocks:
                     other = (self._rank + turn) % self._parts
                     everything[other * rows : (other + 1) * rows].copy_(parts[other])
             else:
-                dist.all_gather_into_tensor(everything, parts[0], group=self._group)
+                all_gather(everything, parts[0], group=self._group)
             row, offset = row + linear.out_features, offset + rows * width
 
     @staticmethod
