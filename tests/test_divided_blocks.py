@@ -11,7 +11,7 @@ from test_fuse import ALL, adapted, batch, config, gradients
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from torchft import distributed
+from torchft import distributed, divided_blocks
 from torchft.config import ModelConfig
 from torchft.divided_blocks import DividedBlocks, divide_blocks
 from torchft.fuse import swap
