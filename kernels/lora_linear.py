@@ -143,18 +143,19 @@ def project(wide: Tensor, extended: Tensor, pad: int, bias: Tensor | None) -> tu
     """wide (T, D + P) with x in its first D columns, the others are filled here -> y (T, O), x (sA)^T (T, P)."""
     width, out_width = wide.shape[1] - pad, extended.shape[0] - pad
     torch.mm(wide[:, :width], extended[out_width:, :width].T, out=wide[:, width:])
-    weight = extended[:out_width].T
-    y = wide @ weight if bias is None else torch.addmm(bias, wide, weight)  # rounded once, with the bias in it
-    return y, wide[:, width:].clone()  # so that the rest of `wide` can go
+    return _folded(wide, extended[:out_width], bias), wide[:, width:].clone()  # so that the rest of `wide` can go
+
+
+def _folded(wide: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """wide weight^T, rounded once, with the bias in it."""
+    return wide @ weight.T if bias is None else torch.addmm(bias, wide, weight.T)
 
 
 def input_gradient(dy: Tensor, extended: Tensor, pad: int) -> tuple[Tensor, Tensor]:
     """dy (T, O) -> dx (T, D), dy B (T, P): by [dy, dy B] [W; sA], for which dy is copied: where O is small."""
     width, out_width = extended.shape[1] - pad, extended.shape[0] - pad
-    wide = dy.new_empty(dy.shape[0], out_width + pad)
-    wide[:, :out_width].copy_(dy)
-    torch.mm(dy, extended[:out_width, width:], out=wide[:, out_width:])
-    return wide @ extended[:, :width], wide[:, out_width:]
+    dyb = dy @ extended[:out_width, width:]
+    return torch.cat((dy, dyb), 1) @ extended[:, :width], dyb
 
 
 def adapter_gradients(dyb: Tensor, x: Tensor, dy: Tensor, xa: Tensor, group: Group) -> list[Tensor]:
@@ -179,9 +180,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, group: Group, bias: Tensor | None, eager: str, *adapters: Tensor) -> Tensor:
         extended, pad = extended_weight(group, x.dtype, "nf4" in eager), padded_rank(group.b)
-        wide = x.new_empty(x.shape[0], x.shape[1] + pad)
-        wide[:, : x.shape[1]].copy_(x)
-        y, xa = project(wide, extended, pad, bias)
+        width, out_width = x.shape[1], extended.shape[0] - pad
+        xa = x @ extended[out_width:, :width].T
+        # cat: 38 us for 8,192 x 4,096 in bf16, where a copy into the columns of a wider tensor takes 81 (H200)
+        y = _folded(torch.cat((x, xa), 1), extended[:out_width], bias)
         ctx.save_for_backward(x, xa)
         # Not as saved tensors: a packed E is written again by a second forward, with the same values.
         ctx.group, ctx.eager = group, eager
