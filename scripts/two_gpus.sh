@@ -17,8 +17,8 @@ bench() { # CASE OPTION...: one record, its last line on the screen
 
 run_group() {
   case $1 in
-    tests) # of weights in CPU memory, on one GPU and on two
-      timeout 500 python3 -m pytest -q -m gpu -p no:cacheprovider tests/recipes 2>&1 | tee "$out/tests.log" | tail -n 8 ;;
+    tests) # of weights in CPU memory and of a divided base, on one GPU and on two
+      timeout 500 python3 -m pytest -q -m gpu -p no:cacheprovider tests/recipes tests/test_divided_gpu.py 2>&1 | tee "$out/tests.log" | tail -n 8 ;;
     curve) # one YAML, one loss curve: the largest difference between the losses of any step
       for n in 1 "$gpus"; do
         for method in lora full; do
