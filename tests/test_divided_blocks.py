@@ -209,6 +209,18 @@ def test_rows_copied_out_of_the_others_memory(tmp_path: Path, monkeypatch: pytes
     distributed_run(processes, tmp_path, work)
 
 
+def test_memory_that_cannot_be_opened_names_the_switch(tmp_path: Path) -> None:
+    """Here because there is no GPU."""
+
+    def work(rank: int) -> None:
+        model = divided("all", (2,), copies=True)
+        with pytest.raises(RuntimeError) as caught:
+            gradients(model)
+        assert "model.kernels={peers: eager}" in caught.value.__notes__[0]
+
+    distributed_run(2, tmp_path, work)
+
+
 def test_what_is_divided_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 has models with quantised or plain blocks, uneven rows, more than adapters trained, and adapters that are large."""
 

@@ -227,9 +227,13 @@ class DividedBlocks:
             return [like.new_empty(numel)]
         import torch.distributed._symmetric_memory as symmetric  # here: it takes its time, and only builds for CUDA have it
 
-        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(like.device)):  # so that it counts as allocated
-            mine = like.new_empty(numel)
-        handle = symmetric.rendezvous(mine, self._group)
+        try:
+            with torch.cuda.use_mem_pool(symmetric.get_mem_pool(like.device)):  # so that it counts as allocated
+                mine = like.new_empty(numel)
+            handle = symmetric.rendezvous(mine, self._group)
+        except RuntimeError as error:
+            error.add_note("This came up while GPUs opened their memory to each other; model.kernels={peers: eager} has NCCL gather.")
+            raise
         return [mine if other == self._rank else handle.get_buffer(other, (numel,), like.dtype) for other in range(self._parts)]
 
 
