@@ -9,8 +9,8 @@ it may be read at any time, without a word to its holder. So each process keeps 
 
     copies=True    a GPU copies the others' rows into E, out of their memory, by its copy engines beside the products: no
                    multiprocessor works for that, and no process waits for another (symmetric memory: one host, NVLink or PCIe)
-    copies=False   all_gather does, on processes of several hosts, on CPUs, and with model.kernels={peers: eager}; there all must
-                   compute the same blocks in the same order
+    copies=False   all_gather does, on processes of several hosts, on CPUs, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and
+                   with model.kernels={peers: eager}; there all must compute the same blocks in the same order
 
 E of two blocks is there at a time: of the one that computes, and of the next one in its direction. Adapters, norms, embedding
 and head are whole on each process, as FSDP2 would hold them from forward to backward, too; gradients of adapters are averaged by
@@ -225,11 +225,16 @@ class DividedBlocks:
         """Memory of this process's, or with copies everyone's as this one sees it, by rank."""
         if not self.copies:
             return [like.new_empty(numel)]
-        import torch.distributed._symmetric_memory as symmetric  # here: it takes its time, and only builds for CUDA have it
+        import torch.distributed._symmetric_memory as symmetric  # here: it takes its time
 
-        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(like.device)):  # so that it counts as allocated
-            mine = like.new_empty(numel)
-        handle = symmetric.rendezvous(mine, self._group)
+        torch.cuda.empty_cache()  # of what was just moved: this memory comes from the driver, which asks no cache for what it lacks
+        try:
+            with torch.cuda.use_mem_pool(symmetric.get_mem_pool(like.device)):  # so that it counts as allocated
+                mine = like.new_empty(numel)
+            handle = symmetric.rendezvous(mine, self._group)
+        except RuntimeError as error:
+            error.add_note("This came up while GPUs opened their memory to each other; model.kernels={peers: eager} does without.")
+            raise
         return [mine if other == self._rank else handle.get_buffer(other, (numel,), like.dtype) for other in range(self._parts)]
 
 
