@@ -98,6 +98,10 @@ class Streams:
         assert all(self.current.clock.get(stream, 0) >= number for stream, number in operations), f"a slot {what}"
 
 
+    def assert_joined(self) -> None:
+        assert self.current.clock[self.beside] == self.beside.clock[self.beside], "rows are on their way that nobody waits for"
+
+
 def use(model: CausalLM) -> None:
     """Steps, a reference between forward and backward, answers with a cache, and what a CUDA graph does to the slots."""
     for _ in range(2):
@@ -122,6 +126,24 @@ def test_no_slot_is_read_before_it_has_arrived_or_written_while_it_may_be_read(
     def work(rank: int) -> None:
         use(divided("all", (1,), copies=True, recomputed=recomputed))
         assert streams.count > 30 * LAYERS and streams.beside.clock[streams.beside] > 0
+
+    distributed_run(1, tmp_path, work)
+
+
+@pytest.mark.parametrize("variant", ["all", "one layer"])
+def test_no_rows_are_on_their_way_when_a_step_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """A CUDA graph cannot be recorded else. Where the first layers have no adapters, backward ends above them."""
+    streams = Streams(monkeypatch)
+    monkeypatch.setattr(DividedBlocks, "_allocate", lambda blocks, numel, like: [like.new_empty(numel)])
+
+    def work(rank: int) -> None:
+        model = divided(variant, (1,), copies=True)
+        for _ in range(2):
+            gradients(model)
+            streams.assert_joined()
+        with torch.no_grad():
+            model(**batch())
+        streams.assert_joined()
 
     distributed_run(1, tmp_path, work)
 

@@ -101,6 +101,7 @@ class DividedBlocks:
         self._slots: list[Slot] = []
         self._stream: torch.cuda.Stream | None = None
         self._now, self._step = 0, 1  # the block that computes, and where the next one is
+        self._lowest = next(index for index, block in enumerate(blocks) if block.adapted)  # where backward ends
 
     def extended(self, index: int, key: str, a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
         """E (O + P, D + P) of a group of block number `index` with these adapters in it, until another block's is asked for.
@@ -150,8 +151,8 @@ class DividedBlocks:
         slot = self._slot_of(index) or self._fetch(index)
         if slot.ready is not None:
             torch.cuda.current_stream().wait_event(slot.ready)
-        ahead = index + self._step
-        if 0 <= ahead <= last and self._slot_of(ahead) is None:
+        ahead, end = index + self._step, 0 if self._step > 0 else self._lowest  # what nobody waits for would spoil a CUDA graph
+        if end <= ahead <= last and self._slot_of(ahead) is None:
             self._fetch(ahead)
         return slot
 
