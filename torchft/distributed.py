@@ -47,6 +47,8 @@ def require_single_process(recipe: str, cfg: ModelConfig) -> None:
         raise ConfigError(
             f"model.shard={cfg.shard} divides weights over processes, and {recipe} is one: remove it, or run {twin}"
         )
+    if cfg.kernels.get("peers") == "eager":
+        raise ConfigError(f"model.kernels={{peers: eager}} is of weights on several processes, and {recipe} is one: remove it, or run {twin}")
 
 
 def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> None:
