@@ -183,29 +183,29 @@ def test_a_block_is_fetched_while_the_one_before_it_computes(tmp_path: Path, mon
     distributed_run(2, tmp_path, work)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_rows_copied_out_of_the_others_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
-    """Here in memory that the processes share. Each holds its part of the weights and no more."""
-    expected, shared = gradients(model_of("all")), {}
-    numel = 2**18
-    for block in range(LAYERS):
-        shared[block] = [torch.empty(numel).share_memory_() for _ in range(processes)]
+@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2)])
+def test_rows_copied_out_of_the_others_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    """Here in memory that the processes share. Each holds its part of the weights and no more; of two copies each reads its own."""
+    parts, expected = shape[-1], gradients(model_of("all"))
+    processes = parts * (shape[0] if len(shape) == 2 else 1)
+    shared = [[torch.empty(2**18).share_memory_() for _ in range(processes)] for _ in range(LAYERS)]
 
     def work(rank: int) -> None:
-        blocks = iter(shared.values())
+        of_this_copy = slice(rank - rank % parts, rank - rank % parts + parts)
+        blocks = iter(shared)
 
         def allocate(self: DividedBlocks, wanted: int, like: torch.Tensor) -> list[torch.Tensor]:
-            return [memory[:wanted] for memory in next(blocks)]
+            return [memory[:wanted] for memory in next(blocks)[of_this_copy]]
 
         monkeypatch.setattr(DividedBlocks, "_allocate", allocate)
         monkeypatch.setattr(divided_blocks, "all_gather", None)  # nothing is gathered
-        model = divided("all", (processes,), copies=True)
+        model = divided("all", shape, copies=True)
         assert_near(gradients(model), expected)
         assert_near(gradients(model), expected)
-        for block, memory in zip(model.model.layers, shared.values(), strict=True):
+        for block, memory in zip(model.model.layers, shared, strict=True):
             for linear in sum(block.groups().values(), []):
                 part = local(linear.weight)
-                assert part.shape[0] == linear.out_features // processes
+                assert part.shape[0] == linear.out_features // parts
                 assert part.untyped_storage().data_ptr() == memory[rank].untyped_storage().data_ptr()
 
     distributed_run(processes, tmp_path, work)

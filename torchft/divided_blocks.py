@@ -12,9 +12,9 @@ it may be read at any time, without a word to its holder. So each process keeps 
     copies=False   all_gather does, on processes of several hosts, on CPUs, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and
                    with model.kernels={peers: eager}; there all must compute the same blocks in the same order
 
-E of two blocks is there at a time: of the one that computes, and of the next one in its direction. Adapters, norms, embedding
-and head are whole on each process, as FSDP2 would hold them from forward to backward, too; gradients of adapters are averaged by
-torchft.distributed.mean_gradients.
+E of two blocks is there at a time: of the one that computes, and of the next one in its direction. Adapters, norms, embedding and
+head are whole on each process, the last two as FSDP2 would hold them from forward to backward, too; gradients of adapters are
+averaged by torchft.distributed.mean_gradients.
 
 A weight remains a DTensor, a view of its process's rows of E; it can be read and written in place, but not replaced after the
 first forward. Left out: NF4, whose traffic is a quarter, and FP8 (FSDP2 divides those); training of more than adapters.
