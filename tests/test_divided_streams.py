@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_divided_blocks import LAYERS, distributed_run, divided
+from test_divided_blocks import LAYERS, distributed_run, divided, model_of
 from test_fuse import batch, gradients
+from test_step_graph import Replayed, assert_same, graphed, rows, run_batch, steps
 
-from torchft import divided_blocks
+from torchft import divided_blocks, step_graph
 from torchft.divided_blocks import DividedBlocks, Linears, Slot
 from torchft.modules.lora import adapters_off
 from torchft.modules.transformer import CausalLM, KVCache
+from torchft.step_graph import StepGraph
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 Clock = dict["Stream", int]  # of each stream, how many of its operations have been done by then for sure
@@ -162,5 +164,48 @@ def test_forgetting_waits_for_what_is_on_its_way(tmp_path: Path, monkeypatch: py
         assert all(slot == Slot(slot.memory) for slot in blocks._slots)
         for slot in blocks._slots:
             streams.write(slot.memory)
+
+    distributed_run(1, tmp_path, work)
+
+
+def test_a_graph_fills_the_slots_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording computes nothing, and a replay leaves in them what it pleases (here NaN): steps before, between and behind go by neither."""
+    plan = [[rows(n), rows(10 + n, tokens=36 if n == 5 else 37)] for n in range(7)]
+    expected = steps(run_batch, model_of("all"), plan)
+    streams = Streams(monkeypatch)
+    monkeypatch.setattr(DividedBlocks, "_allocate", lambda blocks, numel, like: [like.new_empty(numel)])
+
+    def work(rank: int) -> None:
+        model, recorded = divided("all", (1,), copies=True), []
+        blocks = model.model.layers[0].divided
+
+        def spoil() -> None:
+            for slot in blocks._slots:
+                slot.memory.fill_(float("nan"))
+
+        class Graph(Replayed):
+            def replay(self) -> None:
+                streams.assert_joined()
+                before = [(slot.block, slot.ready, dict(slot.scales)) for slot in blocks._slots]
+                super().replay()
+                for slot, known in zip(blocks._slots, before, strict=True):  # a graph tells Python nothing
+                    slot.block, slot.ready, slot.scales = known
+                spoil()
+
+        @contextmanager
+        def graph(made: Graph, **options: str) -> Iterator[None]:
+            streams.assert_joined()
+            assert all(slot.block is None for slot in blocks._slots), "what the graph needs must be fetched in it"
+            yield
+            recorded.append(made)
+            spoil()
+
+        monkeypatch.setattr(step_graph, "why_not", lambda *args: "")
+        monkeypatch.setattr(StepGraph, "_fits", lambda *args: True)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        assert_same(steps(graphed(model), model, plan), expected, 1e-5)
+        assert len(recorded) == 1
 
     distributed_run(1, tmp_path, work)

@@ -143,7 +143,7 @@ def _why_gathered(cfg: ModelConfig, parts: int, device: torch.device) -> str:
     if not _sees_peers(parts, device):
         return "this process cannot read the others' memory"
     if torch.cuda.get_allocator_backend() != "native" or torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]:
-        return "memory as PYTORCH_CUDA_ALLOC_CONF has it, by expandable_segments or another backend, is this process's alone"
+        return "PYTORCH_CUDA_ALLOC_CONF: expandable_segments and other backends have no memory that others can read"
     return ""
 
 
