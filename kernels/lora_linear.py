@@ -14,9 +14,10 @@ that bf16 has rounded already, and its first updates would be lost; and each lin
 are bound by memory, would read and write the activations six times more (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
 A packed E is kept, and the frozen weights are views of it; one whose rows are on several processes is fetched
-(torchft/divided_blocks.py); for NF4 weights, and for those that FSDP2 gathers, E is made for each product and dropped. Its lower right corner is never read. Three functions share this file: `lora_linear` here, `lora_norm_linear`
-and `lora_swiglu_linear`. They are autograd Functions and no library ops, which would cost the CPU some 0.5 ms each: more than
-the GPU needs for one at 2,048 tokens. Blocks made of them are not compiled, there is nothing left between them to fuse.
+(torchft/divided_blocks.py); for NF4 weights, and for those that FSDP2 gathers, E is made for each product and dropped. Its lower
+right corner is never read. Three functions share this file: `lora_linear` here, `lora_norm_linear` and `lora_swiglu_linear`. They are
+autograd Functions and no library ops, which would cost the CPU some 0.5 ms each: more than the GPU needs for one at 2,048 tokens.
+Blocks made of them are not compiled, there is nothing left between them to fuse.
 
 Legend: T tokens, D input width, O output width (all linears together), P padded rank, s alpha / rank.
 """

@@ -47,6 +47,8 @@ def require_single_process(recipe: str, cfg: ModelConfig) -> None:
         raise ConfigError(
             f"model.shard={cfg.shard} divides weights over processes, and {recipe} is one: remove it, or run {twin}"
         )
+    if cfg.kernels.get("peers") == "eager":
+        raise ConfigError(f"model.kernels={{peers: eager}} is of weights on several processes, and {recipe} is one: remove it, or run {twin}")
 
 
 def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> None:
@@ -119,9 +121,10 @@ def divide(
     if not in_cpu_memory and _base_alone(model, parts, device):
         from torchft.divided_blocks import divide_blocks  # here: Triton is not everywhere
 
-        copies = not highest(int(cfg.kernels.get("peers") == "eager" or not _sees_peers(parts, device)))
-        num_divided = divide_blocks(model, mesh, copies=copies)
-        return ShardReport(parts, world // parts, num_divided, (), fetched="copied from the other GPUs" if copies else "gathered")
+        reason = _why_gathered(cfg, parts, device)
+        copies = not highest(int(reason != ""))
+        fetched = "copied from the other GPUs" if copies else f"gathered ({reason or 'as another process must'})"
+        return ShardReport(parts, world // parts, divide_blocks(model, mesh, copies=copies), (), fetched=fetched)
     return shard_model(model, mesh, compute_dtype=computed, in_cpu_memory=in_cpu_memory)
 
 
@@ -131,6 +134,17 @@ def _base_alone(model: CausalLM, parts: int, device: torch.device) -> bool:
     adapters = all(".lora_" in name for name, param in model.named_parameters() if param.requires_grad)
     possible = adapters and all(block.can_be_divided(parts) for block in model.model.layers)
     return not highest(int(not possible or _trained_bytes(model) > ADAPTERS_FIT * total))
+
+
+def _why_gathered(cfg: ModelConfig, parts: int, device: torch.device) -> str:
+    """Why this process cannot copy rows out of the others' memory, or ""."""
+    if cfg.kernels.get("peers") == "eager":
+        return "model.kernels says so"
+    if not _sees_peers(parts, device):
+        return "this process cannot read the others' memory"
+    if torch.cuda.get_allocator_backend() != "native" or torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]:
+        return "PYTORCH_CUDA_ALLOC_CONF: expandable_segments and other backends have no memory that others can read"
+    return ""
 
 
 def _sees_peers(parts: int, device: torch.device) -> bool:

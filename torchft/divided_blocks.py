@@ -9,12 +9,12 @@ it may be read at any time, without a word to its holder. So each process keeps 
 
     copies=True    a GPU copies the others' rows into E, out of their memory, by its copy engines beside the products: no
                    multiprocessor works for that, and no process waits for another (symmetric memory: one host, NVLink or PCIe)
-    copies=False   all_gather does, on processes of several hosts, on CPUs, and with model.kernels={peers: eager}; there all must
-                   compute the same blocks in the same order
+    copies=False   all_gather does, on processes of several hosts, on CPUs, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and
+                   with model.kernels={peers: eager}; there all must compute the same blocks in the same order
 
-E of two blocks is there at a time: of the one that computes, and of the next one in its direction. Adapters, norms, embedding
-and head are whole on each process, as FSDP2 would hold them from forward to backward, too; gradients of adapters are averaged by
-torchft.distributed.mean_gradients.
+E of two blocks is there at a time: of the one that computes, and of the next one in its direction. Adapters, norms, embedding and
+head are whole on each process, the last two as FSDP2 would hold them from forward to backward, too; gradients of adapters are
+averaged by torchft.distributed.mean_gradients.
 
 A weight remains a DTensor, a view of its process's rows of E; it can be read and written in place, but not replaced after the
 first forward. Left out: NF4, whose traffic is a quarter, and FP8 (FSDP2 divides those); training of more than adapters.
@@ -101,6 +101,7 @@ class DividedBlocks:
         self._slots: list[Slot] = []
         self._stream: torch.cuda.Stream | None = None
         self._now, self._step = 0, 1  # the block that computes, and where the next one is
+        self._lowest = next(index for index, block in enumerate(blocks) if block.adapted)  # where backward ends
 
     def extended(self, index: int, key: str, a: list[Tensor], b: list[Tensor], scale: float) -> Tensor:
         """E (O + P, D + P) of a group of block number `index` with these adapters in it, until another block's is asked for.
@@ -150,8 +151,8 @@ class DividedBlocks:
         slot = self._slot_of(index) or self._fetch(index)
         if slot.ready is not None:
             torch.cuda.current_stream().wait_event(slot.ready)
-        ahead = index + self._step
-        if 0 <= ahead <= last and self._slot_of(ahead) is None:
+        ahead, end = index + self._step, 0 if self._step > 0 else self._lowest  # what nobody waits for would spoil a CUDA graph
+        if end <= ahead <= last and self._slot_of(ahead) is None:
             self._fetch(ahead)
         return slot
 
@@ -225,14 +226,15 @@ class DividedBlocks:
         """Memory of this process's, or with copies everyone's as this one sees it, by rank."""
         if not self.copies:
             return [like.new_empty(numel)]
-        import torch.distributed._symmetric_memory as symmetric  # here: it takes its time, and only builds for CUDA have it
+        import torch.distributed._symmetric_memory as symmetric  # here: it takes its time
 
+        torch.cuda.empty_cache()  # of what was just moved: this memory comes from the driver, which asks no cache for what it lacks
         try:
             with torch.cuda.use_mem_pool(symmetric.get_mem_pool(like.device)):  # so that it counts as allocated
                 mine = like.new_empty(numel)
             handle = symmetric.rendezvous(mine, self._group)
         except RuntimeError as error:
-            error.add_note("This came up while GPUs opened their memory to each other; model.kernels={peers: eager} has NCCL gather.")
+            error.add_note("This came up while GPUs opened their memory to each other; model.kernels={peers: eager} does without.")
             raise
         return [mine if other == self._rank else handle.get_buffer(other, (numel,), like.dtype) for other in range(self._parts)]
 

@@ -31,7 +31,7 @@ from torchft.device import compile_blocks
 from torchft.distributed import divide, join_processes, leave_processes, mean_gradients
 from torchft.dry_run import Options, WholeOptions
 from torchft.errors import UserError
-from torchft.fuse import swap, why_no_kernels
+from torchft.fuse import fuse, swap, why_no_kernels
 from torchft.models import build_model
 from torchft.models import read_config as read_model_config
 from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks
@@ -238,7 +238,7 @@ def _why_not_divided(subject: Subject) -> str:
 
 
 def _on_two_processes(subject: Subject) -> Gradients:
-    """Two new processes, each with half of the rows; the model divided as model.shard says."""
+    """Two new processes, each with half of the rows; the model divided as model.shard says, with the kernels that a run has."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -257,7 +257,12 @@ def _one_of_two(number: int, port: int, subject: Subject, file: Path) -> None:
     join_processes(cfg.model, cfg.optim, replace(cfg.run, global_batch_size=2, micro_batch_size=1))
     device = torch.device("cuda", number) if subject.device.type == "cuda" else subject.device
     mine = replace(subject, device=device)
-    model = mine.model(lambda model: divide(model, cfg.model, device))
+
+    def prepare(model: CausalLM) -> None:
+        fuse(model, cfg.model.kernels, device)  # as a run does on a GPU: fused blocks are divided in a way of their own
+        divide(model, cfg.model, device)
+
+    model = mine.model(prepare)
     share = mine.samples.tolist()[rank() :: 2]
     batches = [[sample] for sample in share] + [[]] * (-(-len(mine.samples) // 2) - len(share))  # equally many on both
     found = gradients(model, mine.batches(batches), mine.supervised, device)

@@ -9,9 +9,10 @@ before.
 
 Nothing in such a step may look at a value on the GPU, draw random numbers or copy from memory that is not pinned: so it takes
 fused blocks, the loss's kernel, a frozen embedding and head, weights that are here whole or are copied here without a word to other
-processes (divided_blocks.py), and RoPE that does not go by the lengths of the documents. With run.deterministic there is no graph: a run that goes on after a stop, launch by launch at first, would
-not have the same bits. A graph has memory of its own, about as much as the step takes without it, which nothing else can use:
-there must be room for both. What is allocated, the peak in the log, does not hold it; `graph_gib` there does.
+processes (divided_blocks.py), and RoPE that does not go by the lengths of the documents. With run.deterministic there is no graph:
+a run that goes on after a stop, launch by launch at first, would not have the same bits. A graph has memory of its own, about as much
+as the step takes without it, which nothing else can use: there must be room for both. What is allocated, the peak in the log, does not
+hold it; `graph_gib` there does.
 
 Left out: a graph for each of several shapes (packed pairs, of which a row holds now more and now fewer, have none), KTO, reward
 models, training of all weights, evaluation.

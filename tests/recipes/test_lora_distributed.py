@@ -282,6 +282,8 @@ def test_not_finite_on_one_process_stops_all(small_model: Path, chat_data: Path,
 def test_a_process_alone_refuses_what_needs_several(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.shard=2 divides weights"):
         lora_single_device.main(options(small_model, chat_data, tmp_path, "model.shard=2"))
+    with pytest.raises(ConfigError, match="peers: eager} is of weights on several processes"):
+        lora_single_device.main(options(small_model, chat_data, tmp_path, "model.kernels={peers: eager}"))
 
 
 def test_the_twins_differ_in_distribution_alone() -> None:
