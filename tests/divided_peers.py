@@ -16,6 +16,7 @@ from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.transformer import CausalLM, KVCache
 from torchft.step_graph import StepGraph
 
+CASES = [("all", "none"), ("all", "full"), ("one layer", "none")]
 WAYS = {"copied": True, "gathered": False}
 
 
@@ -43,20 +44,20 @@ def results(model: CausalLM, graph: bool) -> list[Tensor]:
 def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    for recomputed in ("none", "full"):
-        whole = model_of("all", "cuda")
+    for variant, recomputed in CASES:
+        whole = model_of(variant, "cuda")
         apply_activation_checkpointing(whole, recomputed)
         *expected, _ = results(whole, graph=False)
         for way, copies in WAYS.items():
             for graph in (False, True):
-                model = divided("all", (2,), copies=copies, recomputed=recomputed, device="cuda")
+                model = divided(variant, (2,), copies=copies, recomputed=recomputed, device="cuda")
                 before = torch.cuda.memory_allocated()
                 *found, recorded = results(model, graph)
                 assert bool(recorded) == (graph and copies), (way, graph)
                 worst = max(((a.cpu() - b.cpu()).norm() / b.cpu().norm()).item() for a, b in zip(found, expected, strict=True))
-                assert worst <= 1e-4, (recomputed, way, graph, worst)  # some sums of attention's backward are in no fixed order
+                assert worst <= 1e-4, (variant, recomputed, way, graph, worst)  # some sums of attention's backward are in no fixed order
                 held = sum(memory.numel() for block in model.model.layers[0].divided._held for memory in block[:1]) * 4
-                print(f"{recomputed}, {way}, graph={graph}: {worst:.1e}; {held} bytes held, {torch.cuda.memory_allocated() - before} more allocated", flush=True)
+                print(f"{variant}, {recomputed}, {way}, graph={graph}: {worst:.1e}; {held} bytes held, {torch.cuda.memory_allocated() - before} more allocated", flush=True)
     print(f"rank {dist.get_rank()}: all equal", flush=True)
     torch.cuda.synchronize()
     dist.barrier()
