@@ -388,7 +388,8 @@ def test_the_command_as_it_can_be_typed(tmp_path, monkeypatch):
 
 
 def test_impossible_torchrun_values_are_user_errors(recipe):
-    for option in ("--nproc_per_node=many", "--nnodes=0", "--nnodes=a", "--max-restarts=-1"):
+    wrong = ("--nproc_per_node=many", "--nproc_per_node=0", "--nproc_per_node=-1", "--nnodes=0", "--nnodes=a", "--max-restarts=-1")
+    for option in wrong:
         with pytest.raises(UserError, match="torchrun refuses these options"):
             launch.launch_config(launch.parse_torchrun_options([option, str(recipe)]))
 
@@ -398,6 +399,20 @@ def test_a_port_that_is_taken_is_a_user_error(quick):
         argv = ["--nproc_per_node=1", f"--master-port={server.getsockname()[1]}", str(quick)]
         with pytest.raises(UserError, match="could not find each other: .*; check --rdzv-endpoint"):
             launch.run_workers(argv)
+
+
+def test_a_node_says_that_it_waits_and_for_what(quick, capsys):
+    argv = ["--nproc_per_node=1", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-conf=join_timeout=1"]
+    with pytest.raises(UserError, match="each other: the launchers of --nnodes=2 nodes were not there in time; check --rdzv-"):
+        launch.run_workers([*argv, str(quick)])
+    assert "waiting at localhost:0 for the launchers of --nnodes=2 nodes" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_there_is_named_without_traces_of_torch():
+    argv = ["--nproc_per_node=1", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=a.invalid:1"]
+    run = tune("run", *argv, "--rdzv-conf=timeout=1,read_timeout=1", "lora_distributed", "--config", "tiny/lora")
+    waiting, error = run.stderr.splitlines()
+    assert run.returncode == 1 and waiting.startswith("waiting at a.invalid:1") and "connect to (a.invalid, 1); check" in error
 
 
 class Ended:

@@ -104,12 +104,16 @@ def _warn_of_other_recipe(recipe: str, config: str) -> None:
 
 def run_workers(argv: list[str]) -> int:
     """Starts one process per rank with torchrun's launcher, waits for all of them, and returns the exit code."""
+    # Read once, when torch is loaded. Of a node that is not up yet its C++ would print traces, as often as it tries again.
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ and os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the processes speak as they always do
     args = parse_torchrun_options(argv)
     # torchrun's own lines about a failure (pid, "binary: python") or a signal say less than what is printed below.
     for name in ("torch.distributed.elastic", *logging.root.manager.loggerDict):  # modules set levels of their own
@@ -118,6 +122,9 @@ def run_workers(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="tune_run_") as log_dir:
         args.log_dir = args.log_dir or log_dir
         config, command, command_args = launch_config(args)
+        if config.max_nodes > 1:
+            waiting = f"waiting at {config.rdzv_endpoint} for the launchers of --nnodes={args.nnodes} nodes"
+            print(waiting, file=sys.stderr, flush=True)
         try:
             elastic_launch(config=config, entrypoint=command)(*command_args)
         except ChildFailedError as error:
@@ -127,8 +134,15 @@ def run_workers(argv: list[str]) -> int:
             return 128 + error.sigval
         except (RendezvousError, DistError) as error:  # of the launcher's own store: the ranks are other processes
             fix = "check --rdzv-endpoint, --master-addr, --master-port and --nnodes"
-            raise UserError(f"the processes could not find each other: {error}; {fix}") from None
+            raise UserError(f"the processes could not find each other: {_why_alone(error, args.nnodes)}; {fix}") from None
     return 0
+
+
+def _why_alone(error: Exception, nnodes: str) -> str:
+    """What torch's error of a launcher that found no others means; its own text may be empty, or refer to its cause's."""
+    if "Timeout" in type(error).__name__:
+        return f"the launchers of --nnodes={nnodes} nodes were not there in time"
+    return str(error.__cause__ or error).partition("\n")[0].rstrip(".")
 
 
 class _TorchrunParser(argparse.ArgumentParser):
@@ -164,6 +178,8 @@ def launch_config(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
         processes = determine_local_world_size(args.nproc_per_node)
         if args.standalone:
             args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+        if processes < 1:  # torchrun fails an assertion without a word
+            raise ValueError(f"--nproc_per_node={args.nproc_per_node} starts no process; write 1 or more, or gpu for one on each GPU")
         if processes > 1:  # without it torchrun takes 1 and prints a box about it
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)  # before torch 2.13 it is always 30 s
