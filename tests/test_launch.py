@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -132,6 +133,7 @@ from pathlib import Path
 
 from torchft.checkpoint import StopSignal
 from torchft.config import RunConfig
+from torchft.crash import leave_when_another_fails
 from torchft.errors import UserError
 from torchft.parse import parse
 from torchft.ranks import rank, world_size
@@ -145,6 +147,7 @@ class Config:
 
 def main(cfg):
     stop = StopSignal()
+    leave_when_another_fails()
     Path(cfg.run.out, f"ready_{rank()}").touch()
     while len(list(Path(cfg.run.out).glob("ready_*"))) < world_size():
         time.sleep(0.05)
@@ -152,6 +155,7 @@ def main(cfg):
         raise UserError("rows.jsonl:3: no answer; add one")
     while not stop.exit_code:
         time.sleep(0.05)
+    Path(cfg.run.out, f"saved_{rank()}").touch()
     sys.exit(stop.exit_code)
 
 
@@ -283,6 +287,17 @@ def test_ctrl_c_on_two_processes_is_answered_in_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "\nSIGINT: saving after this step\nstopped by SIGINT\n"
     assert process.returncode == 130
+
+
+def test_processes_whose_launcher_is_killed_save_and_leave(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    argv = [sys.executable, "-m", "torchft", "run", "--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        while len(list(tmp_path.glob("ready_*"))) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+        assert process.stderr.read().startswith("\nSIGTERM: saving after this step")  # to its end: the processes hold it open
+    assert sorted(path.name for path in tmp_path.glob("saved_*")) == ["saved_0", "saved_1"]
 
 
 def test_a_process_that_is_stopped_because_another_failed_promises_nothing(tmp_path, capfd):
@@ -445,6 +460,26 @@ def test_a_rank_that_left_when_it_was_told_to_was_not_first(tmp_path, capsys):
     (tmp_path / "alone").mkdir()
     both = {0: Ended(128 + signal.SIGTERM), 1: Ended(128 + signal.SIGTERM)}  # all saved and stopped: nobody failed
     assert launch.print_failure(both, str(tmp_path / "alone")) == 143
+    interrupted = {0: Ended(128 + signal.SIGINT), 1: Ended(-signal.SIGTERM)}  # Ctrl-C reached a process and not the launcher
+    assert launch.print_failure(interrupted, str(tmp_path / "alone")) == 130
+    assert capsys.readouterr().err == "stopped by SIGTERM\nstopped by SIGINT\n"
+    assert launch.print_failure(both | {2: Ended(7)}, str(tmp_path / "alone")) == 7
+    assert capsys.readouterr().err.startswith("\nrank 2 failed first")
+
+
+def test_two_threads_of_a_process_write_its_error_file_at_once(tmp_path):
+    """The main one, whose collective failed, and the one that watches the others: what is not written is printed."""
+    written = []
+
+    def write():
+        written.extend(crash.write_error_file(str(tmp_path / "error.json"), "m", "text", 1) for _ in range(300))
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert written == [True] * 600 and list(tmp_path.iterdir()) == [tmp_path / "error.json"]
 
 
 def test_a_killed_rank_comes_before_those_that_noticed(tmp_path, capsys):

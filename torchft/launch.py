@@ -192,6 +192,9 @@ def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     """Prints the first failing rank's traceback as the last thing on the screen, and returns its exit code."""
     # Error files first: a rank that was stopped after it wrote one is among `failures` as ended by SIGTERM.
     written = read_error_files(log_dir)
+    if not written and (told := _told_to_stop(failures)):
+        print(f"stopped by {told.name}", file=sys.stderr, flush=True)
+        return 128 + told
     followers = {failure.rank: failure for failure in written if failure.stack}
     known = {failure.rank: failure for failure in written if not failure.stack}
     for rank, failure in failures.items():
@@ -203,6 +206,15 @@ def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     head = "" if first.text.startswith("error: ") else f"\nrank {first.rank} failed first{more}:\n"
     print(head + first.text + _who_was_missing(first, followers), file=sys.stderr, flush=True)
     return first.exit_code
+
+
+def _told_to_stop(failures: dict[int, Any]) -> signal.Signals | None:
+    """The signal that one process was sent, and not the launcher, and that all left with after they had saved."""
+    codes = {failure.exitcode for failure in failures.values()}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if 128 + number in codes and codes <= {128 + number, 128 + signal.SIGTERM, -signal.SIGTERM}:
+            return number
+    return None
 
 
 def _first(failures: list[Failure]) -> Failure:
