@@ -153,8 +153,11 @@ def main(cfg):
         time.sleep(0.05)
     if rank() == cfg.fail_on:
         raise UserError("rows.jsonl:3: no answer; add one")
+    patience = time.monotonic() + 20
     while not stop.exit_code:
         time.sleep(0.05)
+        if time.monotonic() > patience:
+            sys.exit("no signal came")
     Path(cfg.run.out, f"saved_{rank()}").touch()
     sys.exit(stop.exit_code)
 
@@ -296,7 +299,8 @@ def test_processes_whose_launcher_is_killed_save_and_leave(tmp_path):
         while len(list(tmp_path.glob("ready_*"))) < 2 and process.poll() is None:
             time.sleep(0.05)
         process.kill()
-        assert process.stderr.read().startswith("\nSIGTERM: saving after this step")  # to its end: the processes hold it open
+        said = process.stderr.read()  # to its end: the processes hold it open
+    assert said.startswith("\nSIGTERM: saving after this step")
     assert sorted(path.name for path in tmp_path.glob("saved_*")) == ["saved_0", "saved_1"]
 
 
