@@ -321,7 +321,8 @@ def test_options_in_the_wrong_place_and_missing_recipes():
         launch.run(["x.py"])
     without = ([], ["--nproc_per_node", "2"], ["--config", "tiny/lora"], ["--nproc_per_node", "2", "--config=tiny/lora", "optim.lr=1"])
     for argv in without:  # what stands alone after --config is not taken for a recipe's name
-        with pytest.raises(UserError, match="no recipe is given; tune run .*; `tune ls` lists the recipes"):
+        where = " before --config" if any(argument.startswith("--config") for argument in argv) else ""
+        with pytest.raises(UserError, match=f"no recipe is given{where}; tune run .*; `tune ls` lists the recipes"):
             launch.run(argv)
     with pytest.raises(UserError, match="argument --nproc-per-node/--nproc_per_node: expected one argument; tune run "):
         launch.run(["--nproc_per_node"])

@@ -31,7 +31,7 @@ WAITING = os.path.join("torch", "distributed")  # where a process stands that wa
 LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|Connection refused")
 LOST_SECONDS = 30  # after which another failure is no longer what ended a connection
 SAVING_SECONDS = "600"  # that a job which is told to stop may take for its last checkpoint; the cluster may grant less
-NO_RECIPE = f"no recipe is given; {USAGE}; `tune ls` lists the recipes"
+NO_RECIPE = "no recipe is given{}; " + f"{USAGE}; `tune ls` lists the recipes"
 
 
 class Failure(NamedTuple):
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
 def run(argv: list[str]) -> NoReturn:
     """Runs a recipe and exits with its exit code; the command line after `tune run`."""
     if not argv:
-        raise UserError(NO_RECIPE)
+        raise UserError(NO_RECIPE.format(""))
     if not argv[0].startswith("-"):
         check_order(argv[1:])
         path = find_recipe(argv[0])
@@ -150,7 +150,8 @@ class _TorchrunParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         missing = "training_script" in message or "--config" in message  # what follows --config was taken for the recipe
-        raise UserError(NO_RECIPE if missing else f"{message}; {USAGE}")
+        where = " before --config" if "--config" in message else ""
+        raise UserError(NO_RECIPE.format(where) if missing else f"{message}; {USAGE}")
 
 
 def parse_torchrun_options(argv: list[str]) -> argparse.Namespace:

@@ -151,6 +151,8 @@ def test_what_cannot_work_on_several_processes_is_refused_first(small_model: Pat
         cfg, out = options(small_model, chat_data, tmp_path / "out", option), tmp_path / f"{number}"
         assert 0 not in run_processes(2, lambda _: lora_distributed.main(cfg), out)  # noqa: B023
         assert message in problems(out)
+    with pytest.raises(ConfigError, match="model.shard=2 needs more processes than this one: start them with --nproc_per_node"):
+        lora_distributed.main(options(small_model, chat_data, tmp_path / "out", "model.shard=2"))
 
 
 def test_other_data_on_another_node_is_refused(
