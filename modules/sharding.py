@@ -54,6 +54,8 @@ class ShardReport:
         return line + (f"; whole on each: {', '.join(self.ends_whole)}" if self.ends_whole else "")
 
     def _divided(self) -> str:
+        if self.num_parts == 1 < self.num_copies:
+            return f"{self.num_divided} tensors whole on each of {self.num_copies} processes"
         copies = f", {self.num_copies} copies" if self.num_copies > 1 else ""
         return f"{self.num_divided} tensors divided over {self.num_parts} process{'es' * (self.num_parts > 1)}{copies}"
 

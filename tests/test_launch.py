@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -132,6 +133,7 @@ from pathlib import Path
 
 from torchft.checkpoint import StopSignal
 from torchft.config import RunConfig
+from torchft.crash import leave_when_another_fails
 from torchft.errors import UserError
 from torchft.parse import parse
 from torchft.ranks import rank, world_size
@@ -145,13 +147,18 @@ class Config:
 
 def main(cfg):
     stop = StopSignal()
+    leave_when_another_fails()
     Path(cfg.run.out, f"ready_{rank()}").touch()
     while len(list(Path(cfg.run.out).glob("ready_*"))) < world_size():
         time.sleep(0.05)
     if rank() == cfg.fail_on:
         raise UserError("rows.jsonl:3: no answer; add one")
+    patience = time.monotonic() + 20
     while not stop.exit_code:
         time.sleep(0.05)
+        if time.monotonic() > patience:
+            sys.exit("no signal came")
+    Path(cfg.run.out, f"saved_{rank()}").touch()
     sys.exit(stop.exit_code)
 
 
@@ -285,6 +292,18 @@ def test_ctrl_c_on_two_processes_is_answered_in_one_line(tmp_path):
     assert process.returncode == 130
 
 
+def test_processes_whose_launcher_is_killed_save_and_leave(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    argv = [sys.executable, "-m", "torchft", "run", "--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        while len(list(tmp_path.glob("ready_*"))) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+        said = process.stderr.read()  # to its end: the processes hold it open
+    assert said.startswith("\nSIGTERM: saving after this step")
+    assert sorted(path.name for path in tmp_path.glob("saved_*")) == ["saved_0", "saved_1"]
+
+
 def test_a_process_that_is_stopped_because_another_failed_promises_nothing(tmp_path, capfd):
     (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
     assert launch.run_workers(["--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}", "fail_on=1"]) == 1
@@ -302,7 +321,8 @@ def test_options_in_the_wrong_place_and_missing_recipes():
         launch.run(["x.py"])
     without = ([], ["--nproc_per_node", "2"], ["--config", "tiny/lora"], ["--nproc_per_node", "2", "--config=tiny/lora", "optim.lr=1"])
     for argv in without:  # what stands alone after --config is not taken for a recipe's name
-        with pytest.raises(UserError, match="no recipe is given; tune run .*; `tune ls` lists the recipes"):
+        where = " before --config" if any(argument.startswith("--config") for argument in argv) else ""
+        with pytest.raises(UserError, match=f"no recipe is given{where}; tune run .*; `tune ls` lists the recipes"):
             launch.run(argv)
     with pytest.raises(UserError, match="argument --nproc-per-node/--nproc_per_node: expected one argument; tune run "):
         launch.run(["--nproc_per_node"])
@@ -388,7 +408,8 @@ def test_the_command_as_it_can_be_typed(tmp_path, monkeypatch):
 
 
 def test_impossible_torchrun_values_are_user_errors(recipe):
-    for option in ("--nproc_per_node=many", "--nnodes=0", "--nnodes=a", "--max-restarts=-1"):
+    wrong = ("--nproc_per_node=many", "--nproc_per_node=0", "--nproc_per_node=-1", "--nnodes=0", "--nnodes=a", "--max-restarts=-1")
+    for option in wrong:
         with pytest.raises(UserError, match="torchrun refuses these options"):
             launch.launch_config(launch.parse_torchrun_options([option, str(recipe)]))
 
@@ -398,6 +419,20 @@ def test_a_port_that_is_taken_is_a_user_error(quick):
         argv = ["--nproc_per_node=1", f"--master-port={server.getsockname()[1]}", str(quick)]
         with pytest.raises(UserError, match="could not find each other: .*; check --rdzv-endpoint"):
             launch.run_workers(argv)
+
+
+def test_a_node_says_that_it_waits_and_for_what(quick, capsys):
+    argv = ["--nproc_per_node=1", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-conf=join_timeout=1"]
+    with pytest.raises(UserError, match="each other: the launchers of --nnodes=2 nodes were not there in time; check --rdzv-"):
+        launch.run_workers([*argv, str(quick)])
+    assert "waiting at localhost:0 for the launchers of --nnodes=2 nodes" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_there_is_named_without_traces_of_torch():
+    argv = ["--nproc_per_node=1", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=a.invalid:1"]
+    run = tune("run", *argv, "--rdzv-conf=timeout=1,read_timeout=1", "lora_distributed", "--config", "tiny/lora")
+    waiting, error = run.stderr.splitlines()
+    assert run.returncode == 1 and waiting.startswith("waiting at a.invalid:1") and "connect to (a.invalid, 1); check" in error
 
 
 class Ended:
@@ -430,6 +465,26 @@ def test_a_rank_that_left_when_it_was_told_to_was_not_first(tmp_path, capsys):
     (tmp_path / "alone").mkdir()
     both = {0: Ended(128 + signal.SIGTERM), 1: Ended(128 + signal.SIGTERM)}  # all saved and stopped: nobody failed
     assert launch.print_failure(both, str(tmp_path / "alone")) == 143
+    interrupted = {0: Ended(128 + signal.SIGINT), 1: Ended(-signal.SIGTERM)}  # Ctrl-C reached a process and not the launcher
+    assert launch.print_failure(interrupted, str(tmp_path / "alone")) == 130
+    assert capsys.readouterr().err == "stopped by SIGTERM\nstopped by SIGINT\n"
+    assert launch.print_failure(both | {2: Ended(7)}, str(tmp_path / "alone")) == 7
+    assert capsys.readouterr().err.startswith("\nrank 2 failed first")
+
+
+def test_two_threads_of_a_process_write_its_error_file_at_once(tmp_path):
+    """The main one, whose collective failed, and the one that watches the others: what is not written is printed."""
+    written = []
+
+    def write():
+        written.extend(crash.write_error_file(str(tmp_path / "error.json"), "m", "text", 1) for _ in range(300))
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert written == [True] * 600 and list(tmp_path.iterdir()) == [tmp_path / "error.json"]
 
 
 def test_a_killed_rank_comes_before_those_that_noticed(tmp_path, capsys):

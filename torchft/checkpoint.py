@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from torchft.agreement import check_same_options, differences
 from torchft.atomic import atomic_directory, write_bytes
 from torchft.crash import another_failed
 from torchft.distributed import from_all, from_main, tensors_from_main
 from torchft.errors import UserError
 from torchft.modules.sharding import cut, gathered
-from torchft.names import MOVED_KEYS
 from torchft.optimizer_state import flatten_optimizer, get_rng_state, plain_name, set_rng_state, unflatten_optimizer
 from torchft.ranks import rank, world_size
 from torchft.redact import redact
@@ -200,8 +200,10 @@ def find_checkpoint(
     """The checkpoint to continue from, None for a fresh start; what was chosen, skipped and changed is said.
 
     `resume`: never; auto (the newest in `out` that verifies, else a fresh start); or a checkpoint directory, which must
-    verify. Raises UserError where that one does not, or where `config` differs in what a continued run must keep.
+    verify. Raises UserError where that one does not, or where `config` differs in what a continued run must keep, or from
+    another process's.
     """
+    check_same_options(config)
     return from_main(lambda: _find_checkpoint(Path(out), resume, config, say))
 
 
@@ -231,7 +233,7 @@ def _find_checkpoint(out: Path, resume: str, config: dict[str, Any], say: Callab
 
 def _continue_from(path: Path, manifest: dict[str, Any], config: dict[str, Any], say: Callable[[str], None]) -> Path:
     """Say what changed since `path` was saved, or refuse it."""
-    changed = _differences(read_state(path)["config"], redact(config))
+    changed = differences(read_state(path)["config"], redact(config))
     refused = {key: pair for key, pair in changed.items() if key in MUST_STAY or not MAY_CHANGE.fullmatch(key)}
     if refused:
         lines = "".join(f"\n  {key}: {then!r} then, {now!r} now" for key, (then, now) in refused.items())
@@ -244,24 +246,6 @@ def _continue_from(path: Path, manifest: dict[str, Any], config: dict[str, Any],
         if key not in NOT_SAID:
             say(f"resume: changed {key}: {then!r} -> {now!r}")
     return path
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> both values, where two configs differ; None for a key that one lacks.
-
-    An option that did not exist then and is empty now is no difference, nor is one that was moved with its value.
-    """
-    old, new = ({MOVED_KEYS.get(key, (key,))[0]: value for key, value in _flatten(config)} for config in (then, now))
-    new = {key: value for key, value in new.items() if key in old or value not in ([], {}, "")}
-    pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """{"run": {"out": "a"}} as [("run.out", "a")]; lists are values."""
-    if not isinstance(value, dict):
-        return [(key, value)]
-    return [pair for name, item in value.items() for pair in _flatten(item, f"{key}.{name}" if key else name)]
 
 
 class StopSignal:

@@ -7,6 +7,7 @@ screen, for the launcher to print the first failing rank's last; `torchft/launch
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -63,15 +64,19 @@ def another_failed() -> bool:
 def leave_when_another_fails() -> None:
     """From now on this process ends within three seconds of another one of this machine, wherever it is: most likely in a
     collective that the other will never join. Where it stood goes into its error file, for the case that it was
-    this one that the others had been waiting for.
+    this one that the others had been waiting for. A launcher that is gone is SIGTERM, which it can no longer pass on: all its
+    processes would train on unseen, beside the run that is started next.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        threading.Thread(target=_watch, args=(error_file,), name="watch the others", daemon=True).start()
+        args = (error_file, os.getppid())
+        threading.Thread(target=_watch, args=args, name="watch the others", daemon=True).start()
 
 
-def _watch(error_file: str) -> None:
+def _watch(error_file: str, launcher: int) -> None:
     while not another_failed():
+        if os.getppid() != launcher:
+            return os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(LOOKING_SECONDS)
     frame = sys._current_frames().get(threading.main_thread().ident)
     stack = "".join(traceback.format_stack(frame)).rstrip()
@@ -112,9 +117,10 @@ def write_error_file(path: str, message: str, text: str, code: int, stack: str =
     now = time.time()
     extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now, "rank": rank(), "exit_code": code, "stack": stack}
     try:
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
+        new = f"{path}.{threading.get_ident()}"  # `report` and `_watch` may come here at once, in threads of one process
+        with open(new, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
-        os.replace(f"{path}.new", path)  # others look for it at any time
+        os.replace(new, path)  # others look for it at any time
     except OSError:
         return False
     return True

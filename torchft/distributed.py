@@ -58,7 +58,9 @@ def join_processes(model: ModelConfig, optim: OptimConfig, run: RunConfig) -> No
     """
     world = world_size()
     if model.shard.isdecimal() and world % int(model.shard):
-        raise ConfigError(f"model.shard={model.shard} does not divide {world} processes: use a divisor of it, all or auto")
+        many = f"does not divide {world} processes: use a divisor of it, all or auto"
+        one = "needs more processes than this one: start them with --nproc_per_node, or use all or auto"
+        raise ConfigError(f"model.shard={model.shard} {many if world > 1 else one}")
     if optim.in_backward and world > 1:
         raise ConfigError(
             f"optim.in_backward=true works on one process, and --nproc_per_node (and --nnodes) make {world}: a sum over "

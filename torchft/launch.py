@@ -31,7 +31,7 @@ WAITING = os.path.join("torch", "distributed")  # where a process stands that wa
 LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|Connection refused")
 LOST_SECONDS = 30  # after which another failure is no longer what ended a connection
 SAVING_SECONDS = "600"  # that a job which is told to stop may take for its last checkpoint; the cluster may grant less
-NO_RECIPE = f"no recipe is given; {USAGE}; `tune ls` lists the recipes"
+NO_RECIPE = "no recipe is given{}; " + f"{USAGE}; `tune ls` lists the recipes"
 
 
 class Failure(NamedTuple):
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
 def run(argv: list[str]) -> NoReturn:
     """Runs a recipe and exits with its exit code; the command line after `tune run`."""
     if not argv:
-        raise UserError(NO_RECIPE)
+        raise UserError(NO_RECIPE.format(""))
     if not argv[0].startswith("-"):
         check_order(argv[1:])
         path = find_recipe(argv[0])
@@ -104,12 +104,16 @@ def _warn_of_other_recipe(recipe: str, config: str) -> None:
 
 def run_workers(argv: list[str]) -> int:
     """Starts one process per rank with torchrun's launcher, waits for all of them, and returns the exit code."""
+    # Read once, when torch is loaded. Of a node that is not up yet its C++ would print traces, as often as it tries again.
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ and os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the processes speak as they always do
     args = parse_torchrun_options(argv)
     # torchrun's own lines about a failure (pid, "binary: python") or a signal say less than what is printed below.
     for name in ("torch.distributed.elastic", *logging.root.manager.loggerDict):  # modules set levels of their own
@@ -118,6 +122,9 @@ def run_workers(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="tune_run_") as log_dir:
         args.log_dir = args.log_dir or log_dir
         config, command, command_args = launch_config(args)
+        if config.max_nodes > 1:
+            waiting = f"waiting at {config.rdzv_endpoint} for the launchers of --nnodes={args.nnodes} nodes"
+            print(waiting, file=sys.stderr, flush=True)
         try:
             elastic_launch(config=config, entrypoint=command)(*command_args)
         except ChildFailedError as error:
@@ -127,8 +134,15 @@ def run_workers(argv: list[str]) -> int:
             return 128 + error.sigval
         except (RendezvousError, DistError) as error:  # of the launcher's own store: the ranks are other processes
             fix = "check --rdzv-endpoint, --master-addr, --master-port and --nnodes"
-            raise UserError(f"the processes could not find each other: {error}; {fix}") from None
+            raise UserError(f"the processes could not find each other: {_why_alone(error, args.nnodes)}; {fix}") from None
     return 0
+
+
+def _why_alone(error: Exception, nnodes: str) -> str:
+    """What torch's error of a launcher that found no others means; its own text may be empty, or refer to its cause's."""
+    if "Timeout" in type(error).__name__:
+        return f"the launchers of --nnodes={nnodes} nodes were not there in time"
+    return str(error.__cause__ or error).partition("\n")[0].rstrip(".")
 
 
 class _TorchrunParser(argparse.ArgumentParser):
@@ -136,7 +150,8 @@ class _TorchrunParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         missing = "training_script" in message or "--config" in message  # what follows --config was taken for the recipe
-        raise UserError(NO_RECIPE if missing else f"{message}; {USAGE}")
+        where = " before --config" if "--config" in message else ""
+        raise UserError(NO_RECIPE.format(where) if missing else f"{message}; {USAGE}")
 
 
 def parse_torchrun_options(argv: list[str]) -> argparse.Namespace:
@@ -164,6 +179,8 @@ def launch_config(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
         processes = determine_local_world_size(args.nproc_per_node)
         if args.standalone:
             args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+        if processes < 1:  # torchrun fails an assertion without a word
+            raise ValueError(f"--nproc_per_node={args.nproc_per_node} starts no process; write 1 or more, or gpu for one on each GPU")
         if processes > 1:  # without it torchrun takes 1 and prints a box about it
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)  # before torch 2.13 it is always 30 s
@@ -176,6 +193,9 @@ def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     """Prints the first failing rank's traceback as the last thing on the screen, and returns its exit code."""
     # Error files first: a rank that was stopped after it wrote one is among `failures` as ended by SIGTERM.
     written = read_error_files(log_dir)
+    if not written and (told := _told_to_stop(failures)):
+        print(f"stopped by {told.name}", file=sys.stderr, flush=True)
+        return 128 + told
     followers = {failure.rank: failure for failure in written if failure.stack}
     known = {failure.rank: failure for failure in written if not failure.stack}
     for rank, failure in failures.items():
@@ -187,6 +207,15 @@ def print_failure(failures: dict[int, Any], log_dir: str) -> int:
     head = "" if first.text.startswith("error: ") else f"\nrank {first.rank} failed first{more}:\n"
     print(head + first.text + _who_was_missing(first, followers), file=sys.stderr, flush=True)
     return first.exit_code
+
+
+def _told_to_stop(failures: dict[int, Any]) -> signal.Signals | None:
+    """The signal that one process was sent, and not the launcher, and that all left with after they had saved."""
+    codes = {failure.exitcode for failure in failures.values()}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if 128 + number in codes and codes <= {128 + number, 128 + signal.SIGTERM, -signal.SIGTERM}:
+            return number
+    return None
 
 
 def _first(failures: list[Failure]) -> Failure:

@@ -18,7 +18,7 @@ from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.lora import LoraSpec, add_lora, init_lora
 from torchft.modules.nf4 import NF4Tensor, quantize_nf4, storage
 from torchft.modules.rope import RopeConfig
-from torchft.modules.sharding import cut, gathered, local, place, rows_held, shard_model, whole
+from torchft.modules.sharding import ShardReport, cut, gathered, local, place, rows_held, shard_model, whole
 from torchft.modules.transformer import CausalLM, TransformerConfig
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
@@ -146,3 +146,8 @@ def test_the_tables_are_gathered_once_a_step(tmp_path: Path, monkeypatch: pytest
         dist.destroy_process_group()
 
     assert run_processes(2, work, tmp_path) == [0, 0], problems(tmp_path)
+
+
+def test_the_report_says_how_many_hold_what():
+    assert str(ShardReport(2, 2, 38, ())) == "38 tensors divided over 2 processes, 2 copies"
+    assert str(ShardReport(1, 2, 38, ())) == "38 tensors whole on each of 2 processes"

@@ -151,6 +151,8 @@ def test_what_cannot_work_on_several_processes_is_refused_first(small_model: Pat
         cfg, out = options(small_model, chat_data, tmp_path / "out", option), tmp_path / f"{number}"
         assert 0 not in run_processes(2, lambda _: lora_distributed.main(cfg), out)  # noqa: B023
         assert message in problems(out)
+    with pytest.raises(ConfigError, match="model.shard=2 needs more processes than this one: start them with --nproc_per_node"):
+        lora_distributed.main(options(small_model, chat_data, tmp_path / "out", "model.shard=2"))
 
 
 def test_other_data_on_another_node_is_refused(
@@ -164,6 +166,19 @@ def test_other_data_on_another_node_is_refused(
 
     assert 0 not in run_processes(2, work, tmp_path)
     assert "process(es) 1 read another data than process 0" in problems(tmp_path)
+
+
+def test_other_options_on_another_node_are_refused(small_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """A run.out of its own is none of them: the first process alone writes."""
+
+    def work(number: int) -> None:
+        more = ["optim.lr=1e-5", "model.kernels={rope: eager}"] if number else []
+        lora_distributed.main(options(small_model, chat_data, tmp_path / f"out_{number}", *more))
+
+    assert 0 not in run_processes(2, work, tmp_path)
+    said = problems(tmp_path)
+    assert "process 1 was started with other options than process 0:\n  model.kernels.rope: 'eager' there, None on" in said
+    assert "\n  optim.lr: 1e-05 there, 0." in said and "run.out" not in said
 
 
 @pytest.mark.parametrize("shard", ["all", "1"])
