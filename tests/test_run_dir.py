@@ -1,14 +1,21 @@
 """Which checkpoints are kept, which is best, and what becomes of an earlier run's files."""
 
+import errno
+import fcntl
 import os
+import signal
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import fork
 from tiny_training import CONFIG, TinyRun
 
 from torchft.checkpoint import find_checkpoint, save_checkpoint
 from torchft.errors import UserError
-from torchft.run_dir import best_checkpoint, set_aside
+from torchft.run_dir import LOCK, best_checkpoint, keep_for_this_run, set_aside
 
 
 def save(out: Path, step: int, keep_last: int = 2, valid_loss: float | None = None) -> Path:
@@ -100,3 +107,47 @@ def test_resuming_an_older_checkpoint_moves_the_later_ones_aside(tmp_path: Path)
     assert names(tmp_path) == ["earlier_1", "log.jsonl", "step_000001"]
     assert names(tmp_path / "earlier_1") == ["step_000002", "step_000003"]
     assert find_checkpoint(tmp_path, "auto", CONFIG, lambda text: None) == tmp_path / "step_000001"
+
+
+def holding(out: Path, then: Callable[[], int]) -> int:
+    """`then()` while another process has the directory; its result."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        file = keep_for_this_run(out)
+        os.write(tell, str(file.fileno() > 0).encode())
+        time.sleep(60)
+        os._exit(1)
+    os.read(told, 4)
+    try:
+        return then()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_two_live_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    """The second is refused and told whose it is; what is killed has it no longer."""
+
+    def refused() -> int:
+        with pytest.raises(UserError, match=r"run\.out=.* has not ended \(process \d+ on .*\): wait for it, stop it, or choose another"):
+            keep_for_this_run(tmp_path)
+        return 7
+
+    assert holding(tmp_path, refused) == 7
+    first = keep_for_this_run(tmp_path)
+    again = keep_for_this_run(tmp_path)  # a process that begins anew, after an error, say
+    assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    first.close()
+    again.close()
+    assert fork(lambda: keep_for_this_run(tmp_path).close()) == 0
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    said: list[str] = []
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    keep_for_this_run(tmp_path, said.append).close()
+    assert len(said) == 1 and "No locks available" in said[0] and "start no second run" in said[0]

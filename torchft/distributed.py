@@ -144,7 +144,8 @@ def _why_gathered(cfg: ModelConfig, parts: int, device: torch.device) -> str:
         return "model.kernels says so"
     if not _sees_peers(parts, device):
         return "this process cannot read the others' memory"
-    if torch.cuda.get_allocator_backend() != "native" or torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]:
+    settings = torch.cuda.memory._snapshot().get("allocator_settings", {})
+    if torch.cuda.get_allocator_backend() != "native" or settings.get("expandable_segments"):
         return "PYTORCH_CUDA_ALLOC_CONF: expandable_segments and other backends have no memory that others can read"
     return ""
 

@@ -30,7 +30,7 @@ from torchft.interval import Clock, Interval, Totals
 from torchft.losses import FIGURES
 from torchft.ranks import rank, world_size
 from torchft.redact import redact, redact_text
-from torchft.run_dir import set_aside
+from torchft.run_dir import keep_for_this_run, set_aside
 from torchft.throughput import peak_flops, peak_memory_gib
 from torchft.trackers import Trackers
 
@@ -65,6 +65,7 @@ class RunLogger:
         try:
             if self._writes:
                 self._out.mkdir(parents=True, exist_ok=True)  # now: not after a model was loaded
+                self._lock = keep_for_this_run(self._out, self.print)
         except OSError as error:
             raise UserError(f"run.out={run.out} cannot be written: {error.strerror}; choose another directory") from None
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -265,6 +266,8 @@ class RunLogger:
         self._bar.close()
         self._log.close()
         self._trackers.close()
+        if self._writes:
+            self._lock.close()
 
 
 def _shown(key: str, value: Any) -> str:

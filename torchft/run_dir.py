@@ -3,14 +3,17 @@
 Only files are looked at here, no tensors. A directory is a checkpoint by its name, step_000500, and its manifest.
 """
 
+import errno
+import fcntl
 import math
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torchft.atomic import verify
 from torchft.distributed import from_main
@@ -21,12 +24,39 @@ LEFTOVER_NAME = re.compile(r"step_\d{6,}\.tmp")
 FORMAT = "torchft checkpoint 2"  # checkpoint.py: whole tensors
 FORMAT_OF_PARTS = "torchft checkpoint 2, in parts"  # parts.py
 FORMATS = (FORMAT, FORMAT_OF_PARTS)
+LOCK = "run.lock"  # of the run that is under way; without one it means nothing
 RUN_OUTPUTS = ("log.jsonl", "config.yaml", "adapter", "model", "reward_model", "tensorboard", "profile")  # beside the checkpoints
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimizer steps lives."""
     return out / f"step_{step:06d}"
+
+
+def keep_for_this_run(out: Path, say: Callable[[str], None] = print) -> TextIO:
+    """Two live runs in one directory would write each other's log and prune each other's checkpoints: this one has it alone.
+
+    As long as the returned file is open, which is at most as long as this process lives, however that ends. A process may ask
+    again. Raises UserError where another process has the directory.
+    """
+    file = open(out / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fcntl(2): of processes, not of files that are open; forks do not inherit it
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"run.out={out} belongs to a run that has not ended ({holder or 'another process'}): wait for it, stop it, or choose "
+                "another directory"
+            ) from None
+        say(f"run.out={out} lies on a file system without locks ({error.strerror}): start no second run there meanwhile")
+        return open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def verify_checkpoint(path: Path, hashes: bool = True, form: str | None = None) -> dict[str, Any]:
