@@ -15,7 +15,7 @@ from tiny_training import CONFIG, TinyRun
 
 from torchft.checkpoint import find_checkpoint, save_checkpoint
 from torchft.errors import UserError
-from torchft.run_dir import LOCK, best_checkpoint, keep_for_this_run, set_aside
+from torchft.run_dir import LOCK, best_checkpoint, give_up, keep_for_this_run, set_aside
 
 
 def save(out: Path, step: int, keep_last: int = 2, valid_loss: float | None = None) -> Path:
@@ -138,8 +138,9 @@ def test_two_live_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     first = keep_for_this_run(tmp_path)
     again = keep_for_this_run(tmp_path)  # a process that begins anew, after an error, say
     assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
-    first.close()
     again.close()
+    give_up(tmp_path, first)
+    assert not names(tmp_path)
     assert fork(lambda: keep_for_this_run(tmp_path).close()) == 0
 
 

@@ -30,7 +30,7 @@ from torchft.interval import Clock, Interval, Totals
 from torchft.losses import FIGURES
 from torchft.ranks import rank, world_size
 from torchft.redact import redact, redact_text
-from torchft.run_dir import keep_for_this_run, set_aside
+from torchft.run_dir import give_up, keep_for_this_run, set_aside
 from torchft.throughput import peak_flops, peak_memory_gib
 from torchft.trackers import Trackers
 
@@ -267,7 +267,7 @@ class RunLogger:
         self._log.close()
         self._trackers.close()
         if self._writes:
-            self._lock.close()
+            give_up(self._out, self._lock)
 
 
 def _shown(key: str, value: Any) -> str:

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,8 +37,8 @@ def checkpoint_path(out: Path, step: int) -> Path:
 def keep_for_this_run(out: Path, say: Callable[[str], None] = print) -> TextIO:
     """Two live runs in one directory would write each other's log and prune each other's checkpoints: this one has it alone.
 
-    As long as the returned file is open, which is at most as long as this process lives, however that ends. A process may ask
-    again. Raises UserError where another process has the directory.
+    As long as the returned file is open, which is at most as long as this process lives, however that ends; `give_up` ends it
+    before. A process may ask again. Raises UserError where another process has the directory.
     """
     file = open(out / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
     try:
@@ -53,10 +54,20 @@ def keep_for_this_run(out: Path, say: Callable[[str], None] = print) -> TextIO:
             ) from None
         say(f"run.out={out} lies on a file system without locks ({error.strerror}): start no second run there meanwhile")
         return open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if not (out / LOCK).exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(out / LOCK)):
+        file.close()  # of a run that gave it up between the two lines above
+        return keep_for_this_run(out, say)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def give_up(out: Path, file: TextIO) -> None:
+    """The directory is free for another run; `file`: from `keep_for_this_run`."""
+    with suppress(OSError):  # a file that stays means nothing
+        (out / LOCK).unlink()
+    file.close()
 
 
 def verify_checkpoint(path: Path, hashes: bool = True, form: str | None = None) -> dict[str, Any]:
