@@ -267,6 +267,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
+def trained_beside_adapters(model: nn.Module) -> list[str]:
+    """Names of the trained parameters that are no adapter's: modules_to_save, added tokens, a score, or all weights."""
+    return [name for name in trainable_parameters(model) if ".lora_" not in name]
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model for the length of a `with`: the reference of preference losses, and "before" in comparisons.
@@ -274,7 +279,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a module is trained whole beside the adapter, so its base weights are gone.
     """
-    whole = [name for name in trainable_parameters(model) if ".lora_" not in name]
+    whole = trained_beside_adapters(model)
     if whole:
         raise ValueError(
             f"switching adapters off does not give the base model back: {', '.join(whole)} is trained whole; leave it "

@@ -10,6 +10,7 @@ backward. Left out: packages besides PyTorch.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from bench_kernels import TOLERANCE, seconds
 from bench_recipe import environment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from torchft.modules.attention import attend
+from torchft.modules.attention import _compiled_flex, attend
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, E), k and v (B, K, T, E) -> (B, H, T, E)
 SHAPE = {"batch": 1, "tokens": 8192, "heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -45,13 +46,12 @@ def with_backend(backend: SDPBackend, repeated: bool, q: Tensor, k: Tensor, v: T
 
 
 def flex(options: dict, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.compile(flex_attention)(q, k, v, block_mask=_causal(q.shape[2], q.device), enable_gqa=True, kernel_options=options)
+    return _compiled_flex()(q, k, v, block_mask=_causal(q.shape[2], q.device), enable_gqa=True, kernel_options=options)
 
 
-def _causal(tokens: int, device: torch.device, made: dict = {}) -> object:  # noqa: B006 made once for a length
-    if tokens not in made:
-        made[tokens] = create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=device)
-    return made[tokens]
+@functools.cache
+def _causal(tokens: int, device: torch.device) -> BlockMask:
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=device)
 
 
 def layouts(q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[Tensor]]:

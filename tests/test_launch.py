@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -280,24 +282,27 @@ def test_ctrl_c_leaves_without_a_traceback(quick):
     assert process.returncode == 130
 
 
+@contextmanager
+def two_that_stop(folder: Path) -> Iterator[subprocess.Popen]:
+    """The launcher of two processes that save when they are told to stop, as soon as both are there."""
+    (folder / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    argv = [sys.executable, "-m", "torchft", "run", "--nproc_per_node", "2", str(folder / "stopped.py"), f"out={folder}"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        while len(list(folder.glob("ready_*"))) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        yield process
+
+
 def test_ctrl_c_on_two_processes_is_answered_in_one_line(tmp_path):
     """Not by each of them, nor by torchrun's log."""
-    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
-    argv = [sys.executable, "-m", "torchft", "run", "--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}"]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
-        while len(list(tmp_path.glob("ready_*"))) < 2 and process.poll() is None:
-            time.sleep(0.05)
+    with two_that_stop(tmp_path) as process:
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "\nSIGINT: saving after this step\nstopped by SIGINT\n"
     assert process.returncode == 130
 
 
 def test_processes_whose_launcher_is_killed_save_and_leave(tmp_path):
-    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
-    argv = [sys.executable, "-m", "torchft", "run", "--nproc_per_node", "2", str(tmp_path / "stopped.py"), f"out={tmp_path}"]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
-        while len(list(tmp_path.glob("ready_*"))) < 2 and process.poll() is None:
-            time.sleep(0.05)
+    with two_that_stop(tmp_path) as process:
         process.kill()
         said = process.stderr.read()  # to its end: the processes hold it open
     assert said.startswith("\nSIGTERM: saving after this step")

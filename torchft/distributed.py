@@ -24,6 +24,7 @@ from torchft.data.loader import resolve_micro_batch_size
 from torchft.errors import ConfigError, UserError
 from torchft.modules import fp8, int8_head, nf4
 from torchft.modules.host_embedding import frozen_on_device
+from torchft.modules.lora import trained_beside_adapters
 from torchft.modules.sharding import ShardReport, shard_model
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import local_rank, local_world_size, rank, world_size
@@ -133,8 +134,7 @@ def divide(
 def _base_alone(model: CausalLM, parts: int, device: torch.device) -> bool:
     """Whether to divide the frozen weights of fused blocks alone: what is trained must be small enough to be whole on each."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    adapters = all(".lora_" in name for name, param in model.named_parameters() if param.requires_grad)
-    possible = adapters and all(block.can_be_divided(parts) for block in model.model.layers)
+    possible = not trained_beside_adapters(model) and all(block.can_be_divided(parts) for block in model.model.layers)
     return not highest(int(not possible or _trained_bytes(model) > ADAPTERS_FIT * total))
 
 

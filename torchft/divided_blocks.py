@@ -41,13 +41,20 @@ ALIGNMENT = 512  # elements at which an E begins
 all_gather = vars(dist).get("all_gather_single", dist.all_gather_into_tensor)  # which was its name before torch 2.13
 
 
-class Linears(NamedTuple):
-    """A group of linears of one block with the same input, and where their rows lie."""
+class Piece(NamedTuple):
+    """One linear, and where its rows lie."""
 
-    modules: list[nn.Linear]
+    linear: nn.Linear
+    row: int  # of E, its first one
+    held: int  # where a process's rows of it begin, in that process's memory; elements
+
+
+class Linears(NamedTuple):
+    """A group of linears of one block with the same input."""
+
+    pieces: list[Piece]
     shape: tuple[int, int]  # of E: (O + P, D + P)
     start: int  # of E, in a slot; elements
-    held: int  # of this process's rows of E, in its memory; elements
 
 
 class Layout(NamedTuple):
@@ -132,10 +139,9 @@ class DividedBlocks:
         """The whole weights of a block, by the id of their linear, until another block's are asked for."""
         slot, found = self._arrived(index), {}
         for group in self._layouts[index].groups.values():
-            matrix, row = self._matrix(slot, group), 0
-            for linear in group.modules:
+            matrix = self._matrix(slot, group)
+            for linear, row, _ in group.pieces:
                 found[id(linear)] = matrix[row : row + linear.out_features, : linear.in_features]
-                row += linear.out_features
         return found
 
     def _arrived(self, index: int) -> Slot:
@@ -171,7 +177,7 @@ class DividedBlocks:
             for key, group in self._layouts[index].groups.items():
                 matrix = self._matrix(slot, group)
                 self._fill(matrix, group, self._held[index])
-                a, b = zip(*(adapter_of(linear) for linear in group.modules), strict=True)
+                a, b = zip(*(adapter_of(piece.linear) for piece in group.pieces), strict=True)
                 slot.scales[key] = self._blocks[index].scale
                 write_adapters(matrix, list(a), list(b), slot.scales[key], eager=not matrix.is_cuda)
             if self._stream is not None:
@@ -179,18 +185,20 @@ class DividedBlocks:
         return slot
 
     def _fill(self, matrix: Tensor, group: Linears, held: list[Tensor]) -> None:
-        width, row, offset = group.shape[1], 0, group.held
-        for linear in group.modules:
-            rows = linear.out_features // self._parts
-            parts = [part[offset : offset + rows * width].view(rows, width) for part in held]
-            everything = matrix[row : row + linear.out_features]
+        for piece in group.pieces:
+            parts = [self._rows(memory, group, piece) for memory in held]
+            rows, everything = len(parts[0]), matrix[piece.row : piece.row + piece.linear.out_features]
             if self.copies:
                 for turn in range(self._parts):  # each begins elsewhere, so that not all read from one
                     other = (self._rank + turn) % self._parts
                     everything[other * rows : (other + 1) * rows].copy_(parts[other])
             else:
                 all_gather(everything, parts[0], group=self._group)
-            row, offset = row + linear.out_features, offset + rows * width
+
+    def _rows(self, memory: Tensor, group: Linears, piece: Piece) -> Tensor:
+        """A process's rows of a linear, as they stand in E, in that process's memory."""
+        rows, width = piece.linear.out_features // self._parts, group.shape[1]
+        return memory[piece.held : piece.held + rows * width].view(rows, width)
 
     @staticmethod
     def _matrix(slot: Slot, group: Linears) -> Tensor:
@@ -199,7 +207,7 @@ class DividedBlocks:
     @torch.no_grad()
     def _lay(self) -> None:
         """Move this process's rows to where they stand as in E, and others can read them; block by block, so that none is there twice."""
-        like = local(next(iter(self._layouts[0].groups.values())).modules[0].weight)
+        like = local(next(iter(self._layouts[0].groups.values())).pieces[0].linear.weight)
         for layout in self._layouts:
             held = self._allocate(layout.held_numel, like)
             for group in layout.groups.values():
@@ -214,13 +222,10 @@ class DividedBlocks:
 
     def _move(self, group: Linears, held: Tensor) -> None:
         """This process's rows of a group into `held`; from then on the weights are views of it."""
-        width, offset = group.shape[1], group.held
-        for linear in group.modules:
-            rows = linear.out_features // self._parts
-            place = held[offset : offset + rows * width].view(rows, width)[:, : linear.in_features]
+        for piece in group.pieces:
+            linear, place = piece.linear, self._rows(held, group, piece)[:, : piece.linear.in_features]
             place.copy_(local(linear.weight))
             linear.weight = nn.Parameter(divided_like(place, linear.weight), requires_grad=False)
-            offset += rows * width
 
     def _allocate(self, numel: int, like: Tensor) -> list[Tensor]:
         """Memory of this process's, or with copies everyone's as this one sees it, by rank."""
@@ -243,10 +248,13 @@ def _layout(block: FusedBlock, parts: int) -> Layout:
     groups, start, held = {}, 0, 0
     for key, linears in block.groups().items():
         pad = padded_rank([adapter_of(linear)[1] for linear in linears])
-        out_width, width = sum(linear.out_features for linear in linears), linears[0].in_features + pad
-        groups[key] = Linears(linears, (out_width + pad, width), start, held)
-        start += _aligned((out_width + pad) * width)
-        held += _aligned(out_width // parts * width)
+        pieces, row, width = [], 0, linears[0].in_features + pad
+        for linear in linears:
+            pieces.append(Piece(linear, row, held + row // parts * width))
+            row += linear.out_features
+        groups[key] = Linears(pieces, (row + pad, width), start)
+        start += _aligned((row + pad) * width)
+        held += _aligned(row // parts * width)
     return Layout(groups, start, held)
 
 

@@ -52,7 +52,7 @@ class FusedBlock(Block):
         self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None, start: int = 0
     ) -> Tensor:
         """As Block.forward."""
-        if cache is not None and isinstance(self.self_attn.o_proj.weight, DTensor) and self.divided is not None:
+        if cache is not None and isinstance(self.self_attn.o_proj.weight, DTensor):  # what FSDP2 divides is gathered by now
             return functional_call(self, self._whole_weights(), (h, cos, sin, mask, cache, start))
         if cache is not None:
             return super().forward(h, cos, sin, mask, cache, start)

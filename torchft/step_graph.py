@@ -32,6 +32,7 @@ from torchft.activations import GIB, read_memory
 from torchft.data.loader import Batch
 from torchft.metrics import RunLogger
 from torchft.modules.host_embedding import HostEmbedding
+from torchft.modules.lora import trained_beside_adapters
 from torchft.modules.rope import BY_LENGTH
 from torchft.modules.transformer import CausalLM
 
@@ -114,9 +115,8 @@ class StepGraph:
         divisor = torch.ones((), device=batch.input_ids.device)
         before = self._take_grads()
         traffic, graph, reserved = model.model.checkpointing.traffic, torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
-        sent, divided = traffic.sent if traffic else 0, model.model.layers[0].divided
-        if divided is not None:
-            divided.forget()  # so that the graph fetches all that it needs
+        sent = traffic.sent if traffic else 0
+        _forget_fetched(model)  # so that the graph fetches all that it needs
         try:
             # Other threads may ask the GPU things meanwhile: NCCL's, which looks after its own, or one that writes a checkpoint.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -124,8 +124,6 @@ class StepGraph:
         except RuntimeError as error:
             error.add_note("This came up while a step was recorded; model.kernels={graph: eager} launches kernel by kernel.")
             raise
-        if divided is not None:
-            divided.forget()  # nothing has been fetched yet
         grads = self._take_grads()
         self._give_grads(before)
         own, (num_rows, width) = (torch.cuda.memory_reserved() - reserved) / GIB, batch.input_ids.shape
@@ -143,9 +141,7 @@ class StepGraph:
         for name, value in recorded.batch.tensors().items():
             value.copy_(getattr(batch, name))
         recorded.divisor.fill_(divisor)
-        weights = model.model.layers[0].divided
-        if weights is not None:
-            weights.forget()  # nothing else may be under way to where the graph puts them
+        _forget_fetched(model)  # nothing else may be under way to where the graph puts it
         recorded.graph.replay()
         if model.model.checkpointing.traffic:
             model.model.checkpointing.traffic.sent += recorded.offloaded
@@ -184,12 +180,18 @@ def why_not(model: CausalLM, switches: dict[str, str]) -> str:
         "the model is not on a GPU": params[trained[0]].device.type != "cuda",
         "its weights are divided over processes, which gather them together": _gathers(model),
         "its blocks are not fused": any(block.compilable or block.draws for block in blocks),
-        "more than adapters is trained": any(".lora_" not in name for name in trained),
+        "more than adapters is trained": bool(trained_beside_adapters(model)),
         "its RoPE goes by the lengths of the documents": any(rope.kind in BY_LENGTH for rope in model.model.ropes),
         "its logits are capped": model.config.final_logit_softcapping is not None,
         "the CPU fetches the embedding's rows": _waits(model.model.embed_tokens),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _forget_fetched(model: CausalLM) -> None:
+    divided = model.model.layers[0].divided
+    if divided is not None:
+        divided.forget()
 
 
 def _gathers(model: CausalLM) -> bool:
