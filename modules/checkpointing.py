@@ -93,6 +93,8 @@ class Checkpointing:
         if not torch.is_grad_enabled():
             return block(h, *args)
         assert block.recomputed == (index in self.blocks), "only recompute_blocks changes which: a block goes by it too"
+        if self.traffic is not None:
+            self.traffic.make_room(sum(other not in self.blocks for other in range(index + 1, self.count)))
         if self.probe is not None and index == self.probe.index:
             return self.probe.run(block, h, *args)
         if index not in self.blocks:

@@ -5,10 +5,13 @@ tensors of one block; Traffic holds what the journeys of a model share: the link
 
 On a GPU all copies run in order on one stream beside the one that computes, and the host never waits. Whose memory is whose:
 
-- A tensor on its way out is referenced until the computing stream has been told to wait for its copy: at the beginning of the
-  block after the next, so that at most two blocks' tensors are on the device, or of backward. Dropped then, its memory goes
-  to work that stands behind that wait. `record_stream` would free it only once the host sees the copy done, and the host
-  runs many blocks ahead of the GPU: memory would grow with every block that it is ahead.
+- A tensor on its way out is referenced until the computing stream has been told to wait for its copy: at the beginning of a
+  later block, or of backward. Dropped then, its memory goes to work that stands behind that wait. `record_stream` would free it
+  only once the host sees the copy done, and the host runs many blocks ahead of the GPU: memory would grow with every block
+  that it is ahead.
+- How many blocks' tensors may be on the device: two, and one for each block to come that keeps everything, since the memory it
+  will take is free until then. A forward in FP8 is faster than the link: with two alone, 24 of 32 blocks of 8B waited for it
+  for 40 ms of a step, with 8 blocks' memory unused.
 - A tensor on its way back is allocated by the computing stream, its copy waits for all that this stream was given before (the
   memory's former users), and whoever reads it waits for the copy. It is freed like any other.
 - Pinned memory is allocated once and kept (pinning takes some 0.3 s per GiB): a buffer returns when nobody can ask for it any
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST = 2**20  # bytes: what is smaller stays, its copy would cost more time to launch than it frees memory
-ON_THE_WAY = 2  # blocks whose tensors may be on the device: one that computes, and one whose tensors are being sent
+ON_THE_WAY = 2  # blocks whose tensors may be on the device anyway: one that computes, and one whose tensors are being sent
 
 Copy = tuple[Tensor, Tensor]  # to, from
 
@@ -230,11 +233,14 @@ class Traffic:
         self.latest: weakref.ref[Journey] | None = None
         self.sent = 0
 
-    def journey(self, shared: set[int], stays: bool) -> Journey:
-        """Of a block that is about to compute, which it does once there is room on the device."""
-        while len(self.leaving) >= ON_THE_WAY:
+    def make_room(self, unused: int) -> None:
+        """A block computes once no more than this are on their way. unused: blocks to come that keep everything."""
+        while len(self.leaving) >= ON_THE_WAY + unused:
             if (leaving := self.leaving.popleft()()) is not None:
                 leaving.leave()
+
+    def journey(self, shared: set[int], stays: bool) -> Journey:
+        """Of a block that is about to compute."""
         journey = Journey(self, shared, stays)
         journey.before = self.latest() if self.latest else None
         return journey

@@ -211,9 +211,33 @@ def test_rows_copied_out_of_the_others_memory(tmp_path: Path, monkeypatch: pytes
     distributed_run(processes, tmp_path, work)
 
 
+def test_memory_that_is_not_what_it_seems_is_no_wrong_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 1 sees another block of process 0's, as where a pool of memory is used again in another order."""
+    shared = [[torch.empty(2**18).share_memory_() for _ in range(2)] for _ in range(LAYERS)]
+
+    def work(rank: int) -> None:
+        places = iter(range(LAYERS))
+
+        def allocate(self: DividedBlocks, wanted: int, like: torch.Tensor) -> list[torch.Tensor]:
+            place = next(places)
+            of_0 = {2: 3, 3: 2}.get(place, place) if rank == 1 else place
+            return [shared[of_0][0][:wanted], shared[place][1][:wanted]]
+
+        monkeypatch.setattr(DividedBlocks, "_allocate", allocate)
+        model = divided("all", (2,), copies=True)
+        if rank == 0:
+            gradients(model)
+        else:
+            with pytest.raises(RuntimeError, match="process 1 of 2 .* what process 0 holds, of 2 of 5 blocks.*peers: eager"):
+                gradients(model)
+
+    distributed_run(2, tmp_path, work)
+
+
 def in_this_process(monkeypatch: pytest.MonkeyPatch, rendezvous: Callable[..., object]) -> None:
     """Symmetric memory without a GPU, for a process that is alone."""
-    monkeypatch.setattr(symmetric, "get_mem_pool", lambda device: None)
+    monkeypatch.setattr(symmetric, "get_mempool_allocator", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda allocator, **options: None)
     monkeypatch.setattr(symmetric, "rendezvous", rendezvous)
     monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: nullcontext())
 

@@ -107,6 +107,7 @@ class DividedBlocks:
         self._held: list[list[Tensor]] = []  # by block, then by process (without copies: this one's alone), flat
         self._slots: list[Slot] = []
         self._stream: torch.cuda.Stream | None = None
+        self._pool: torch.cuda.MemPool | None = None  # of what others read
         self._now, self._step = 0, 1  # the block that computes, and where the next one is
         self._lowest = next(index for index, block in enumerate(blocks) if block.adapted)  # where backward ends
 
@@ -217,8 +218,23 @@ class DividedBlocks:
         self._slots = [Slot(like.new_empty(numel)) for _ in self._layouts[:2]]
         if like.is_cuda:
             self._stream = torch.cuda.Stream()
-        if self.copies:  # everyone's rows must lie there: from then on they are read at any time
-            dist.all_reduce(like.new_zeros(()), group=self._group)
+        if self.copies:
+            self._compare_sums()
+
+    def _compare_sums(self) -> None:
+        """Wait until everyone's rows lie there: from then on they are read at any time. Raise RuntimeError if they are not what
+        their holders have: a wrong address would make a wrong loss, and no error.
+        """
+        mine = torch.stack([_sum(held[self._rank]) for held in self._held])  # by block
+        told = [torch.empty_like(mine) for _ in range(self._parts)]
+        dist.all_gather(told, mine, group=self._group)
+        for other, sums in enumerate(told):
+            seen = torch.stack([_sum(held[other]) for held in self._held])
+            if not torch.equal(seen, sums):
+                raise RuntimeError(
+                    f"The GPU of process {self._rank} of {self._parts} that share a weight does not see what process {other} holds, "
+                    f"of {int((seen != sums).sum())} of {len(sums)} blocks. Report it; model.kernels={{peers: eager}} does without."
+                )
 
     def _move(self, group: Linears, held: Tensor) -> None:
         """This process's rows of a group into `held`; from then on the weights are views of it."""
@@ -234,8 +250,13 @@ class DividedBlocks:
         import torch.distributed._symmetric_memory as symmetric  # here: it takes its time
 
         torch.cuda.empty_cache()  # of what was just moved: this memory comes from the driver, which asks no cache for what it lacks
+        if self._pool is None:
+            # A pool, so that it counts as allocated, and not torch's own: that gives memory of a model before this one out again,
+            # which rendezvous takes for what it was then, each process in an order of its own.
+            allocator = symmetric.get_mempool_allocator(like.device)
+            self._pool = torch.cuda.MemPool(allocator, use_on_oom=False, no_split=True)
         try:
-            with torch.cuda.use_mem_pool(symmetric.get_mem_pool(like.device)):  # so that it counts as allocated
+            with torch.cuda.use_mem_pool(self._pool):
                 mine = like.new_empty(numel)
             handle = symmetric.rendezvous(mine, self._group)
         except RuntimeError as error:
@@ -256,6 +277,11 @@ def _layout(block: FusedBlock, parts: int) -> Layout:
         start += _aligned((row + pad) * width)
         held += _aligned(row // parts * width)
     return Layout(groups, start, held)
+
+
+def _sum(memory: Tensor) -> Tensor:
+    """Of its bits, two bytes at a time; int64."""
+    return memory.view(torch.int16).sum()
 
 
 def _aligned(numel: int) -> int:

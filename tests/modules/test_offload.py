@@ -23,7 +23,7 @@ from torchft import fused_block  # noqa: E402
 from torchft.crash import describe  # noqa: E402
 from torchft.fuse import swap  # noqa: E402
 from torchft.generate import generate  # noqa: E402
-from torchft.modules.checkpointing import apply_activation_checkpointing  # noqa: E402
+from torchft.modules.checkpointing import apply_activation_checkpointing, recompute_blocks  # noqa: E402
 from torchft.modules.host_embedding import placed  # noqa: E402
 from torchft.modules.lora import LoraSpec, adapters_off, trainable_parameters  # noqa: E402
 from torchft.modules.offload import CannotPin, HostMemory, Journey, Link, Traffic  # noqa: E402
@@ -175,6 +175,34 @@ def test_at_most_two_blocks_are_on_the_device_and_little_more_than_one_in_backwa
     assert block < max(held for _, held, _ in backward) <= 1.85 * block
     assert max(ahead for *_, ahead in backward) > 0.7 * block  # on its way while the attention goes backward
     assert on_the_device(journeys) == []
+
+
+@pytest.mark.parametrize("blocks, on_their_way", [(range(5), [0, 1, 2, 3, 4, 4, 3, 2, 1]), (range(0, 9, 2), [0, 1, 1, 2, 2, 2, 2, 1, 1])])
+def test_copies_have_the_time_until_kept_blocks_take_their_room(
+    blocks: range, on_their_way: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks on the device whenever one begins: never more, with those that stay, than at the end, where all must have gone but one."""
+    model = adapted(num_hidden_layers=9)
+    assert swap(model, ALL).blocks == 9
+    expected = gradients(model)
+    offloaded(model)
+    recompute_blocks(model, blocks, offload=True)
+    traffic, journeys, found = Traffic(CPU, LateLink(), smallest=1), [], []
+    model.model.checkpointing.traffic = traffic
+    begin, make_room = Traffic.journey, Traffic.make_room
+
+    def journey(self: Traffic, *args: object, **named: object) -> Journey:
+        journeys.append(weakref.ref(made := begin(self, *args, **named)))
+        return made
+
+    def room(self: Traffic, unused: int) -> None:
+        make_room(self, unused)
+        found.append(len(on_the_device(journeys)))
+
+    monkeypatch.setattr(Traffic, "journey", journey)
+    monkeypatch.setattr(Traffic, "make_room", room)
+    assert_same_bits(expected, gradients(model))
+    assert found == on_their_way and not traffic.link.wrong
 
 
 def test_what_blocks_share_stays(monkeypatch: pytest.MonkeyPatch) -> None:
