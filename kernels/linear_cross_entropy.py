@@ -26,6 +26,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from torchft.kernels import launch
 from torchft.kernels.int8_rows import input_gradient_into, product_into
+from torchft.kernels.scaled_cast import scaled_cast
 
 IGNORE_INDEX = -100  # label of a token that is not supervised
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -223,7 +224,7 @@ def _(
 
 
 def _setup_cross_entropy(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[5]
+    ctx.weight_dtype, ctx.wanted, ctx.eager = inputs[1].dtype, inputs[5], inputs[6]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else backward is given zeros as large as the head for what is no loss
     ctx.save_for_backward(*output[1:])
@@ -233,10 +234,7 @@ def _setup_cross_entropy(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, 
 def _cross_entropy_backward(ctx: FunctionCtx, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     grad_hidden, grad_weight = ctx.saved_tensors
     scaled_hidden = grad_hidden * upstream if ctx.wanted[0] else None
-    scaled_weight = None
-    if ctx.wanted[1]:  # straight into the weight's dtype: no further fp32 copy of the size of the head
-        scaled_weight = torch.empty(grad_weight.shape, dtype=ctx.weight_dtype, device=grad_weight.device)
-        torch.mul(grad_weight, upstream, out=scaled_weight)
+    scaled_weight = scaled_cast(grad_weight, upstream, ctx.weight_dtype, ctx.eager) if ctx.wanted[1] else None
     return scaled_hidden, scaled_weight, *[None] * 5
 
 

@@ -167,7 +167,12 @@ def fp8_quantize(op: Callable, size: Size) -> Iterator[Case]:
         factor = 1e-4 * torch.rand(width, device=size.device) if with_factor else None
         name = f"quantize_rows {width}" + " times W's scales" * with_factor
         eager = functools.partial(op, eager=True)
-        yield Case(name, (x, factor), op, eager, plain, (x.nbytes + x.numel(), None), tolerance=0.02)
+        least = (x.nbytes + x.numel(), None)
+        yield Case(name, (x, factor), op, eager, plain, least, tolerance=0.02)
+        if width > size.hidden:
+            values = x.float() if factor is None else x.float() * factor
+            known, again = (functools.partial(f, largest=values.abs().amax(1).clamp_min(1e-30)) for f in (op, eager))
+            yield Case(f"{name} (largest known)", (x, factor), known, again, plain, least, tolerance=0.02)
 
 
 def fp8_transpose(op: Callable, size: Size) -> Iterator[Case]:
@@ -197,6 +202,7 @@ def fp8_rms_norm(op: Callable, size: Size) -> Iterator[Case]:
 
 def lora_gate(op: Callable, size: Size) -> Iterator[Case]:
     """16 ranks each. The plain formulas add the terms to the base first, as `addmm_` does, and round there."""
+    from torchft.kernels.fp8_quantize import new_largest
     from torchft.kernels.lora_gate import Term, lora_gate_backward
 
     rows, width, rank = size.batch * size.seq, size.intermediate, 16
@@ -221,11 +227,20 @@ def lora_gate(op: Callable, size: Size) -> Iterator[Case]:
 
     tolerance = 2e-2 if size.dtype == torch.bfloat16 else 1e-4
     least, both = gate_up.nbytes + dact.nbytes, 2 * gate_up.nbytes + 2 * dact.nbytes
-    eager = functools.partial(op, eager=True)
-    yield Case("lora_gate", (gate_up, gate, up, 2.0), op, eager, size.compiled(plain), (least, None), tolerance=tolerance)
-    op, eager = lora_gate_backward, functools.partial(lora_gate_backward, eager=True)
-    inputs, plain = (dact, down, gate_up, gate, up, 2.0), size.compiled(plain_backward)
-    yield Case("lora_gate backward", inputs, op, eager, plain, (both, None), tolerance=tolerance)
+    of_act, of_grad = (new_largest(rows, gate_up.device, factor) for factor in (None, torch.ones(2 * width, device=gate_up.device)))
+    forward = op, (gate_up, gate, up, 2.0), size.compiled(plain), (least, None), of_act
+    backward = lora_gate_backward, (dact, down, gate_up, gate, up, 2.0), size.compiled(plain_backward), (both, None), of_grad
+    for name, (op, inputs, plain, bound, largest) in {"lora_gate": forward, "lora_gate backward": backward}.items():
+        for options, suffix in (({}, ""), ({"largest": largest}, " (largest of rows)")):
+            found, twin = functools.partial(op, **options), functools.partial(op, eager=True, **options)
+            yield Case(name + suffix, inputs, found, twin, plain, bound, tolerance=tolerance)
+
+
+def scaled_cast(op: Callable, size: Size) -> Iterator[Case]:
+    x, scale = torch.randn(size.vocabulary, size.hidden // 2, device=size.device), torch.tensor(1 / 8191, device=size.device)
+    plain = size.compiled(lambda x, scale: (x * scale).to(size.dtype))
+    run, eager = (lambda x, scale: op(x, scale, size.dtype)), (lambda x, scale: op(x, scale, size.dtype, True))
+    yield Case("scaled_cast", (x, scale), run, eager, plain, (x.nbytes + x.numel() * size.dtype.itemsize, None))
 
 
 def fp8_linear(op: Callable, size: Size) -> Iterator[Case]:
@@ -265,4 +280,5 @@ CASES = {
     "fp8_rms_norm": ("fp8_add_rms_norm", fp8_rms_norm),
     "fp8_linear": ("scaled_product", fp8_linear),
     "lora_gate": ("lora_gate", lora_gate),
+    "scaled_cast": ("scaled_cast", scaled_cast),
 }

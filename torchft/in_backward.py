@@ -8,7 +8,7 @@ the norm is known only when every parameter has been updated, so that nothing ca
 whole in one backward, of one micro-batch on one process (torchft/checks.py refuses the rest).
 """
 
-import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,13 @@ class StepInBackward:
 
     def __init__(self, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._loss: Tensor | None = None
-        self._squares: Tensor | None = None
+        self._zero: Tensor | None = None  # in a backward: 0, or NaN if the loss is not finite
         # A parameter with two names, as a tied embedding's, has one gradient: autograd adds both uses up before the hook.
-        for param in dict.fromkeys(params.values()):
+        unique = list(dict.fromkeys(params.values()))
+        self._norms = torch.zeros(len(unique), device=unique[0].device)  # fp32, of the gradients
+        for param, norm in zip(unique, self._norms, strict=True):
             assert param.grad is None, "a gradient is there already: it would be added to the next one"
-            param.register_post_accumulate_grad_hook(self._update)
+            param.register_post_accumulate_grad_hook(partial(self._update, norm))
 
     def backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Differentiate a scalar loss, updating every parameter on the way.
@@ -40,19 +41,20 @@ class StepInBackward:
         Returns the norm of all gradients and found_inf (1.0 if the norm or the loss is not finite, else 0.0): fp32 scalars
         on the device, as `clip_and_check` does.
         """
-        self._loss = loss.detach()
-        self._squares = torch.zeros((), dtype=torch.float64, device=loss.device)
+        self._zero = loss.detach() * 0
+        self._norms.zero_()
         loss.backward()
-        grad_norm = self._squares.sqrt().float()
-        found_inf = (~(torch.isfinite(grad_norm) & torch.isfinite(self._loss))).float()
-        self._loss = self._squares = None
+        grad_norm = self._norms.double().square().sum().sqrt().float()
+        found_inf = (grad_norm * self._zero).isnan().float()
+        self._zero = None
         return grad_norm, found_inf
 
     @torch.no_grad()
-    def _update(self, param: Tensor) -> None:
-        assert self._loss is not None, "parameters are updated in backward: call StepInBackward.backward(loss)"
-        norm = torch.linalg.vector_norm(local(param.grad), dtype=torch.float32)
-        self._squares += norm.double().square()
-        found_inf = (~((norm + 0 * self._loss) < math.inf)).float()  # also true where either is NaN
-        step_optimizer(self._optimizer, found_inf)  # of this parameter: no other has a gradient now
+    def _update(self, norm: Tensor, param: Tensor) -> None:
+        """Few launches: a model has hundreds of parameters, most of them small, and the GPU waits between two."""
+        assert self._zero is not None, "parameters are updated in backward: call StepInBackward.backward(loss)"
+        torch.linalg.vector_norm(local(param.grad), dtype=torch.float32, out=norm)
+        spoiled = norm * self._zero  # NaN if either is not finite
+        found_inf = torch.empty_like(spoiled)
+        step_optimizer(self._optimizer, torch.ne(spoiled, spoiled, out=found_inf))  # of this parameter: no other has a gradient now
         param.grad = None
