@@ -246,6 +246,14 @@ def test_gate_and_norm_on_cuda(dtype: torch.dtype) -> None:
     ]
     for found, expected in zip(*results, strict=True):
         assert distance(found, expected.double()) <= max(units, 1e-5)
+    factor = torch.linspace(1e-4, 3e-4, 2 * width, device=DEVICE)
+    of_act, of_grad = new_largest(count, DEVICE), new_largest(count, DEVICE, factor)
+    act = lora_gate(gate_up, *terms, 0.5, largest=of_act)
+    grad, again = lora_gate_backward(dact, Term(q, a), gate_up, *terms, 0.5, largest=of_grad)
+    same((act, grad, again), results[0])
+    for rows_of, each in ((act, of_act), (grad, of_grad)):
+        assert torch.equal(each.rows, (rows_of.float() if each.factor is None else rows_of.float() * factor).abs().amax(1))
+        same(quantize_rows(rows_of, each.factor, largest=each.rows), quantize_rows(rows_of, each.factor))
     h, delta, weight = rows(count, 4096, dtype), rows(count, 4096, dtype, seed=1), rows(1, 4096, seed=2)[0]
     h2, rstd, x, codes, scale = fp8_add_rms_norm(h, delta, weight, 1e-5)
     exact = torch.rsqrt((h + delta).double().square().mean(1) + 1e-5)
