@@ -39,12 +39,18 @@ class Largest(NamedTuple):
 
 
 @triton.jit
-def raise_largest(p_largest, p_factor, b_x, o_t, o_d, T, D):
-    """Those of rows o_t become at least |b_x factor|, b_x being columns o_d of them, as they are stored, and 0 beyond D."""
+def sizes(b_x, p_factor, o_d, D):
+    """|b_x factor| in fp32 of columns o_d of some rows, as they are stored."""
     b_x = tl.abs(b_x.to(tl.float32))
     if p_factor is not None:
         b_x *= tl.load(p_factor + o_d, mask=o_d < D, other=0.0)[None, :]
-    b_bits = tl.max(b_x, axis=1).to(tl.int32, bitcast=True)  # of numbers from 0 on these are in the same order
+    return b_x
+
+
+@triton.jit
+def raise_largest(p_largest, b_sizes, o_t, T):
+    """Those of rows o_t become at least what columns of them have, which are 0 beyond the rows' ends."""
+    b_bits = tl.max(b_sizes, axis=1).to(tl.int32, bitcast=True)  # of numbers from 0 on these are in the same order
     tl.atomic_max(p_largest.to(tl.pointer_type(tl.int32)) + o_t, b_bits, mask=o_t < T, sem="relaxed")
 
 

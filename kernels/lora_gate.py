@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchft.kernels.fp8_quantize import Largest, raise_largest
+from torchft.kernels.fp8_quantize import Largest, raise_largest, sizes
 from torchft.kernels.launch import can_run, check_rows
 
 ROWS, COLUMNS, NUM_WARPS = 16, 128, 4  # of a tile; 16 numbers a thread and tensor, so that five programs share a multiprocessor
@@ -83,7 +83,7 @@ def _gate_kernel(
     m_tile = (o_t < T)[:, None] & (o_f < F)[None, :]
     tl.store(p_act + o_t[:, None] * F + o_f[None, :], b_act, mask=m_tile)
     if p_largest is not None:
-        raise_largest(p_largest, p_factor, b_act, o_t, o_f, T, F)
+        raise_largest(p_largest, sizes(b_act, p_factor, o_f, F), o_t, T)
 
 
 @triton.jit
@@ -109,8 +109,8 @@ def _gate_backward_kernel(
     tl.store(p_out, b_dg, mask=m_tile)
     tl.store(p_out + F, b_du, mask=m_tile)
     if p_largest is not None:
-        raise_largest(p_largest, p_factor, b_dg, o_t, o_f, T, F)
-        raise_largest(p_largest, p_factor, b_du, o_t, F + o_f, T, 2 * F)
+        b_sizes = tl.maximum(sizes(b_dg, p_factor, o_f, F), sizes(b_du, p_factor, F + o_f, 2 * F))
+        raise_largest(p_largest, b_sizes, o_t, T)
 
 
 def _options(rows: int, width: int, *ranks: int) -> tuple[tuple[int], dict[str, int]]:
@@ -149,10 +149,10 @@ def lora_gate(
         g, u = _eager_inputs(gate_up, gate, up, scale)
         return _noting((g * torch.sigmoid(g) * u).to(gate_up.dtype), largest)
     act = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    grid, sizes = _options(rows, width, gate.w.shape[1], up.w.shape[1])
+    grid, constants = _options(rows, width, gate.w.shape[1], up.w.shape[1])
     if act.numel() > 0:
         tensors = gate_up, *gate, *up, act, *(largest or (None, None))
-        _gate_kernel[grid](*tensors, gate.x.stride(0), scale, rows, width, **sizes)
+        _gate_kernel[grid](*tensors, gate.x.stride(0), scale, rows, width, **constants)
     return act
 
 
@@ -182,10 +182,10 @@ def lora_gate_backward(
         grad, act = _eager_backward(dact, down, gate_up, gate, up, scale)
         return _noting(grad, largest), act
     grad, act = (torch.empty(rows, n, dtype=gate_up.dtype, device=gate_up.device) for n in (2 * width, width))
-    grid, sizes = _options(rows, width, gate.w.shape[1], up.w.shape[1], down.w.shape[0])
+    grid, constants = _options(rows, width, gate.w.shape[1], up.w.shape[1], down.w.shape[0])
     if act.numel() > 0:
         tensors = dact, *down, gate_up, *gate, *up, grad, act, *(largest or (None, None))
-        _gate_backward_kernel[grid](*tensors, down.x.stride(0), gate.x.stride(0), scale, rows, width, **sizes)
+        _gate_backward_kernel[grid](*tensors, down.x.stride(0), gate.x.stride(0), scale, rows, width, **constants)
     return grad, act
 
 

@@ -9,15 +9,22 @@ The last STEPS of the recorded steps are looked at, in which a CUDA graph is rep
 step, from the beginning of the first step to the end of the last one, as the CPU sees them (the GPU is a step behind where the log
 is read late, see torchft/metrics.py): products, attention, what is left of the kernels (bound by memory, mostly), copies,
 communication, and what no stream works in. Where streams work side by side the kinds' sum is larger than the step by what stands as
-overlapped. The profiler slows the CPU: the step without it stands below, from the steps behind the window.
+overlapped. The profiler slows the CPU: the step without it stands below, from the steps behind the window. So does the clock at which
+the multiprocessors ran, and the power that they took (nvidia-smi, median of the moments at which the GPU had work for all of the last
+interval): at the power limit a GPU lowers its clock, and time that is won beside the products in part returns as a lower one.
 """
 
 import argparse
 import json
+import os
 import re
+import shutil
 import statistics
+import subprocess
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import bench_recipe
@@ -31,6 +38,8 @@ KINDS = (  # the first pattern found in a kernel's name decides
     ("copies", r"^Memcpy|^Memset"),
 )
 TOP = 25
+ASKED = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "utilization.gpu")  # MHz, W, %
+INTERVAL_MS = 100
 
 
 def kind_of(name: str) -> str:
@@ -80,6 +89,33 @@ def read_trace(file: Path, steps: int) -> dict:
     }
 
 
+@contextmanager
+def watched(file: Path) -> Iterator[None]:
+    """nvidia-smi writes into `file` what the first visible GPU does meanwhile; nothing where there is no nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        yield
+        return
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader,nounits", f"-lms={INTERVAL_MS}"]
+    with file.open("w") as out:
+        watcher = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            watcher.terminate()
+            watcher.wait()
+
+
+def read_clock(text: str) -> dict[str, float]:
+    """Medians of `watched`'s lines at which the GPU was busy throughout; empty without any."""
+    rows = [[float(cell) for cell in line.split(",")] for line in text.splitlines() if re.fullmatch(r"[\d., ]+", line)]
+    busy = [row for row in rows if len(row) == len(ASKED) and row[-1] >= 99]
+    if not busy:
+        return {}
+    medians = [statistics.median(column) for column in zip(*busy, strict=True)]
+    return dict(zip(("sm_mhz", "max_sm_mhz", "watts", "limit_watts"), medians, strict=False)) | {"samples": len(busy)}
+
+
 def render(profile: dict) -> str:
     """The table, with each kind's share of the step, and the kernels that take longest."""
     step = profile["step_ms"]
@@ -107,16 +143,20 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as name:
             options = [*args.option, f"run.out={name}/out", f"run.profile_steps={RECORDED}"]
-            bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
+            with watched(Path(name, "clock")):
+                bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
             log = [json.loads(line) for line in Path(name, "out/log.jsonl").read_text().splitlines()]
             rates = [record["tokens_per_s"] for record in log if "tokens_per_s" in record][2 + RECORDED :]
             if not rates:
                 raise SystemExit(f"error: the run has no step behind the window: give it more than {2 + RECORDED} (run.max_steps)")
             profile = {"case": args.case, "options": args.option, "tokens_per_s": round(statistics.median(rates))}
             profile |= read_trace(Path(name, "out/profile/trace.json"), args.steps)
+            profile["clock"] = read_clock(Path(name, "clock").read_text()) if Path(name, "clock").exists() else {}
     print(render(profile))
     if "tokens_per_s" in profile:
         print(f"\n{profile['tokens_per_s']:,} tokens/s in the steps behind the window")
+    if clock := profile.get("clock"):
+        print("{sm_mhz:,.0f} of {max_sm_mhz:,.0f} MHz, {watts:.0f} of {limit_watts:.0f} W ({samples} moments)".format(**clock))
     if args.json:
         args.json.write_text(json.dumps(profile, indent=1) + "\n")
 
