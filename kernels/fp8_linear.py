@@ -101,10 +101,10 @@ def add_adapters(y: Tensor, xa: Tensor, group: Fp8Group) -> None:
             part.addmm_(x, b.T, alpha=group.scale)
 
 
-def base_gradient(dy: Tensor, group: Fp8Group, eager: str, largest: Tensor | None = None) -> Tensor:
-    """dy (T, O) -> the base's part of dx, (T, D). largest: of |dy row_scale| by row, (T,), if it is known."""
+def base_gradient(dy: Tensor, group: Fp8Group, eager: str) -> Tensor:
+    """dy (T, O) -> the base's part of dx, (T, D)."""
     plain = "fp8" in eager
-    codes, scale = quantize_rows(dy, group.row_scale, largest=largest, eager=plain)
+    codes, scale = quantize_rows(dy, group.row_scale, eager=plain)
     flipped = group.flipped
     if flipped is None:
         flipped = transpose(above_each_other(group.weights), eager=plain)
@@ -117,9 +117,9 @@ def through_b(dy: Tensor, group: Fp8Group) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def input_gradient(dy: Tensor, group: Fp8Group, eager: str, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """dy (T, O) -> dx (T, D), dy B (T, R). largest: as in `base_gradient`."""
-    dx, dyb = base_gradient(dy, group, eager, largest), through_b(dy, group)
+def input_gradient(dy: Tensor, group: Fp8Group, eager: str) -> tuple[Tensor, Tensor]:
+    """dy (T, O) -> dx (T, D), dy B (T, R)."""
+    dx, dyb = base_gradient(dy, group, eager), through_b(dy, group)
     if dyb.shape[1] > 0:
         dx.addmm_(dyb, group.a_rows, alpha=group.scale)
     return dx, dyb

@@ -25,7 +25,7 @@ from torchft.kernels.fp8_linear import (
     input_gradient,
     through_b,
 )
-from torchft.kernels.fp8_quantize import new_largest, quantize_rows
+from torchft.kernels.fp8_quantize import quantize_rows
 from torchft.kernels.fp8_rms_norm import fp8_add_rms_norm
 from torchft.kernels.lora_gate import Term, lora_gate, lora_gate_backward
 from torchft.kernels.rms_norm import rms_norm_backward
@@ -53,11 +53,10 @@ class _Fp8Mlp(torch.autograd.Function):
         )
         gate_up = base_product(codes, scale, group, mlp.gate_up_bias, h.dtype)
         xa = adapters_down(x, group)
-        largest = None if mlp.replayed else new_largest(len(h), h.device)
-        act = lora_gate(gate_up, *_terms(xa, group), group.scale, largest=largest, eager="swiglu" in mlp.eager)
+        act = lora_gate(gate_up, *_terms(xa, group), group.scale, eager="swiglu" in mlp.eager)
         act_a, y = adapters_down(act, down), torch.empty_like(h)
-        if largest is not None:
-            codes, scale = quantize_rows(act, largest=largest.rows, eager=plain)
+        if not mlp.replayed:
+            codes, scale = quantize_rows(act, eager=plain)
             y = base_product(codes, scale, down, mlp.down_bias, h.dtype)
             add_adapters(y, act_a, down)
         ctx.save_for_backward(total, rstd, gate_up, xa, act_a)
@@ -71,11 +70,12 @@ class _Fp8Mlp(torch.autograd.Function):
         group, down, dy = mlp.gate_up, mlp.down, dy.contiguous()
         dyb = through_b(dy, down)
         dact = base_gradient(dy, down, mlp.eager)
-        largest, terms = new_largest(len(dy), dy.device, group.row_scale), (Term(dyb, down.a_rows), gate_up, *_terms(xa, group))
-        d_gate_up, act = lora_gate_backward(dact, *terms, group.scale, largest=largest, eager="swiglu" in mlp.eager)
+        d_gate_up, act = lora_gate_backward(
+            dact, Term(dyb, down.a_rows), gate_up, *_terms(xa, group), group.scale, eager="swiglu" in mlp.eager
+        )
         gradients_down = adapter_gradients(dyb, act, dy, act_a, down)
         del act, dact
-        dx, dyb = input_gradient(d_gate_up, group, mlp.eager, largest.rows)
+        dx, dyb = input_gradient(d_gate_up, group, mlp.eager)
         x = torch.empty_like(total)
         dh = rms_norm_backward(dx, total, rstd, mlp.norm, dh.contiguous(), x, eager="rms_norm" in mlp.eager)
         return dh, dh, None, *adapter_gradients(dyb, x, d_gate_up, xa, group), *gradients_down

@@ -9,9 +9,6 @@ again, so that an update far below a bf16 step of the base still moves the resul
 intermediate number and token) and over dact (6) is spent on adding them: of an 8B block's 8,192 tokens 0.22 and 0.17 ms on an
 H200.
 
-Where FP8 rows are made of the results, each row's largest number is found on the way (`Largest` of fp8_quantize.py): the pass over
-act and over d[gate, up] that would look for it has to wait for whole rows.
-
 Legend: T tokens, F intermediate, R rank.
 """
 
@@ -22,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchft.kernels.fp8_quantize import Largest, raise_largest, sizes
 from torchft.kernels.launch import can_run, check_rows
 
 ROWS, COLUMNS, NUM_WARPS = 16, 128, 4  # of a tile; 16 numbers a thread and tensor, so that five programs share a multiprocessor
@@ -73,22 +69,20 @@ def _tile(T, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _gate_kernel(
-    p_gate_up, p_xg, p_bg, p_xu, p_bu, p_act, p_largest, p_factor, x_stride, scale, T, F, RANK_G: tl.constexpr, RANK_U: tl.constexpr,
+    p_gate_up, p_xg, p_bg, p_xu, p_bu, p_act, x_stride, scale, T, F, RANK_G: tl.constexpr, RANK_U: tl.constexpr,
     PAD_G: tl.constexpr, PAD_U: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """act = g s u."""
     o_t, o_f = _tile(T, F, ROWS, COLUMNS)
     b_g, b_u = _inputs(p_gate_up, p_xg, p_bg, p_xu, p_bu, x_stride, scale, o_t, o_f, T, F, RANK_G, RANK_U, PAD_G, PAD_U)
-    b_act = (b_g / (1.0 + tl.exp(-b_g)) * b_u).to(p_act.dtype.element_ty)
+    b_act = b_g / (1.0 + tl.exp(-b_g)) * b_u
     m_tile = (o_t < T)[:, None] & (o_f < F)[None, :]
-    tl.store(p_act + o_t[:, None] * F + o_f[None, :], b_act, mask=m_tile)
-    if p_largest is not None:
-        raise_largest(p_largest, sizes(b_act, p_factor, o_f, F), o_t, T)
+    tl.store(p_act + o_t[:, None] * F + o_f[None, :], b_act.to(p_act.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
 def _gate_backward_kernel(
-    p_dact, p_q, p_a, p_gate_up, p_xg, p_bg, p_xu, p_bu, p_grad, p_act, p_largest, p_factor, q_stride, x_stride, scale, T, F,
+    p_dact, p_q, p_a, p_gate_up, p_xg, p_bg, p_xu, p_bu, p_grad, p_act, q_stride, x_stride, scale, T, F,
     RANK_A: tl.constexpr, RANK_G: tl.constexpr, RANK_U: tl.constexpr, PAD_A: tl.constexpr, PAD_G: tl.constexpr,
     PAD_U: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -104,13 +98,9 @@ def _gate_backward_kernel(
     b_act = b_g * b_s
     tl.store(p_act + p_tile, (b_act * b_u).to(p_act.dtype.element_ty), mask=m_tile)
     p_out = p_grad + o_t[:, None] * (2 * F) + o_f[None, :]
-    b_dg = (b_da * b_u * (b_s + b_act * (1.0 - b_s))).to(p_grad.dtype.element_ty)
-    b_du = (b_da * b_act).to(p_grad.dtype.element_ty)
-    tl.store(p_out, b_dg, mask=m_tile)
-    tl.store(p_out + F, b_du, mask=m_tile)
-    if p_largest is not None:
-        b_sizes = tl.maximum(sizes(b_dg, p_factor, o_f, F), sizes(b_du, p_factor, F + o_f, 2 * F))
-        raise_largest(p_largest, b_sizes, o_t, T)
+    b_dg = b_da * b_u * (b_s + b_act * (1.0 - b_s))
+    tl.store(p_out, b_dg.to(p_grad.dtype.element_ty), mask=m_tile)
+    tl.store(p_out + F, (b_da * b_act).to(p_grad.dtype.element_ty), mask=m_tile)
 
 
 def _options(rows: int, width: int, *ranks: int) -> tuple[tuple[int], dict[str, int]]:
@@ -135,42 +125,31 @@ def _check(gate_up: Tensor, gate: Term, up: Term, eager: bool) -> None:
         raise ValueError(f"lora_gate: Triton does not run on {gate_up.device}; pass eager=True")
 
 
-def lora_gate(
-    gate_up: Tensor, gate: Term, up: Term, scale: float, *, largest: Largest | None = None, eager: bool = False
-) -> Tensor:
+def lora_gate(gate_up: Tensor, gate: Term, up: Term, scale: float, *, eager: bool = False) -> Tensor:
     """act (T, F) in gate_up's dtype, without autograd.
 
     gate_up (T, 2F) contiguous, gate first; gate and up: x (T, R) in its dtype, columns of one tensor, and B (F, R) contiguous
-    of any float dtype; a rank may be 0. scale: c above. largest: is raised to act's. Raises ValueError on anything else.
+    of any float dtype; a rank may be 0. scale: c above. Raises ValueError on anything else.
     """
     _check(gate_up, gate, up, eager)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if eager:
         g, u = _eager_inputs(gate_up, gate, up, scale)
-        return _noting((g * torch.sigmoid(g) * u).to(gate_up.dtype), largest)
+        return (g * torch.sigmoid(g) * u).to(gate_up.dtype)
     act = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    grid, constants = _options(rows, width, gate.w.shape[1], up.w.shape[1])
+    grid, sizes = _options(rows, width, gate.w.shape[1], up.w.shape[1])
     if act.numel() > 0:
-        tensors = gate_up, *gate, *up, act, *(largest or (None, None))
-        _gate_kernel[grid](*tensors, gate.x.stride(0), scale, rows, width, **constants)
+        _gate_kernel[grid](gate_up, *gate, *up, act, gate.x.stride(0), scale, rows, width, **sizes)
     return act
 
 
 def lora_gate_backward(
-    dact: Tensor,
-    down: Term,
-    gate_up: Tensor,
-    gate: Term,
-    up: Term,
-    scale: float,
-    *,
-    largest: Largest | None = None,
-    eager: bool = False,
+    dact: Tensor, down: Term, gate_up: Tensor, gate: Term, up: Term, scale: float, *, eager: bool = False
 ) -> tuple[Tensor, Tensor]:
     """d gate_up (T, 2F), which is also that of gate and up with their terms, and act (T, F) once more.
 
     dact (T, F) contiguous: the base product's part of the gradient; down: dy B (T, R) of the next linear and its A (R, F),
-    contiguous. largest: is raised to d gate_up's, with a factor (2F,). The rest as in `lora_gate`.
+    contiguous. The rest as in `lora_gate`.
     """
     _check(gate_up, gate, up, eager)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -179,22 +158,14 @@ def lora_gate_backward(
     if not dact.is_contiguous() or not down.w.is_contiguous() or down.w.shape[1] != width:
         raise ValueError("lora_gate_backward: dact and A must be contiguous, and A as wide as dact")
     if eager:
-        grad, act = _eager_backward(dact, down, gate_up, gate, up, scale)
-        return _noting(grad, largest), act
+        return _eager_backward(dact, down, gate_up, gate, up, scale)
     grad, act = (torch.empty(rows, n, dtype=gate_up.dtype, device=gate_up.device) for n in (2 * width, width))
-    grid, constants = _options(rows, width, gate.w.shape[1], up.w.shape[1], down.w.shape[0])
+    grid, sizes = _options(rows, width, gate.w.shape[1], up.w.shape[1], down.w.shape[0])
     if act.numel() > 0:
-        tensors = dact, *down, gate_up, *gate, *up, grad, act, *(largest or (None, None))
-        _gate_backward_kernel[grid](*tensors, down.x.stride(0), gate.x.stride(0), scale, rows, width, **constants)
+        _gate_backward_kernel[grid](
+            dact, *down, gate_up, *gate, *up, grad, act, down.x.stride(0), gate.x.stride(0), scale, rows, width, **sizes
+        )
     return grad, act
-
-
-def _noting(x: Tensor, largest: Largest | None) -> Tensor:
-    """x, of which `largest` knows."""
-    if largest is not None:
-        values = x.float() if largest.factor is None else x.float() * largest.factor
-        torch.maximum(largest.rows, values.abs().amax(dim=1), out=largest.rows)
-    return x
 
 
 def _eager_inputs(gate_up: Tensor, gate: Term, up: Term, scale: float) -> tuple[Tensor, Tensor]:

@@ -41,10 +41,9 @@ KERNELS = [
     ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 16384, "BLOCKS": 2}),
     ("fp8_transpose", "_transpose_kernel", "*u8 *u8 i32 i32 i32", {"TILE": 128}),
     ("fp8_rms_norm", "_kernel", "*{0} *{0} *{0} *{0} *{0} *fp32 *fp8e4nv *fp32 i32 fp32", {"BLOCK_D": 4096}),
-    ("fp8_quantize", "_quantize_known_kernel", "*{0} *fp32 *fp32 *fp8e4nv *fp32 i32 i32 i32", {"BLOCK": 2048}),
-    ("lora_gate", "_gate_kernel", "*{0} *{0} *{0} *{0} *{0} *{0} *fp32 *fp32 i32 fp32 i32 i32",
+    ("lora_gate", "_gate_kernel", "*{0} *{0} *{0} *{0} *{0} *{0} i32 fp32 i32 i32",
      {"RANK_G": 16, "RANK_U": 16, "PAD_G": 16, "PAD_U": 16, "ROWS": 64, "COLUMNS": 128}),
-    ("lora_gate", "_gate_backward_kernel", "*{0} *{0} *{0} *{0} *{0} *{0} *{0} *{0} *{0} *{0} *fp32 *fp32 i32 i32 fp32 i32 i32",
+    ("lora_gate", "_gate_backward_kernel", "*{0} *{0} *{0} *{0} *{0} *{0} *{0} *{0} *{0} *{0} i32 i32 fp32 i32 i32",
      {"RANK_A": 16, "RANK_G": 16, "RANK_U": 16, "PAD_A": 16, "PAD_G": 16, "PAD_U": 16, "ROWS": 64, "COLUMNS": 128}),
 ]  # fmt: skip
 

@@ -39,8 +39,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is quantised is kept, since fp32 and fp64 may fall on two sides of a tie, with a code's step between them."""
     RECORDED.clear()
 
-    def record(x: Tensor, *known: Tensor | None) -> tuple[Tensor, Tensor]:
-        RECORDED.append(quantize_rows_eager(x, *known))
+    def record(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        RECORDED.append(quantize_rows_eager(x, factor))
         assert bool((RECORDED[-1][0].float().abs().amax(1) == 448).all()), "a row's scale is not that of its largest number"
         return RECORDED[-1]
 
