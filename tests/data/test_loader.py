@@ -11,7 +11,7 @@ from torchft.config import DataConfig, RunConfig, SourceConfig
 from torchft.data import loader as loader_module
 from torchft.data.dataset import Dataset
 from torchft.data.loader import Loader, eval_batches, make_batch, resolve_micro_batch_size
-from torchft.errors import UserError
+from torchft.errors import ConfigError, UserError
 from torchft.modules.attention import PADDING
 
 
@@ -235,7 +235,7 @@ def test_the_micro_batch_is_the_largest_that_divides(rows, bound, world, size):
     ],
 )
 def test_sizes_that_do_not_divide_name_valid_ones(rows, bound, world, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ConfigError, match=said):  # status 2, as of every other option
         resolve_micro_batch_size(rows, bound, world)
 
 

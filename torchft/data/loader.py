@@ -36,7 +36,7 @@ from torchft.checks import counted
 from torchft.config import DataConfig, RunConfig
 from torchft.data.dataset import Dataset
 from torchft.data.packing import epoch_samples, plan_rows
-from torchft.errors import UserError
+from torchft.errors import ConfigError, UserError
 from torchft.modules.attention import PADDING
 
 IGNORE = -100  # label of a token that is not trained
@@ -190,17 +190,17 @@ def eval_batches(
 def resolve_micro_batch_size(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """The largest m up to micro_batch_size with global_batch_size % (m * world_size) == 0.
 
-    Raises: UserError, naming valid values, if there is none.
+    Raises: ConfigError, naming valid values, if there is none.
     """
     if global_batch_size < 1 or global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
         valid = [str(value) for value in (below, below + world_size) if value > 0]
-        raise UserError(
+        raise ConfigError(
             f"run.global_batch_size: {global_batch_size} rows cannot be divided over {world_size} processes; "
             f"set it to {' or '.join(valid)}, or start another number of processes"
         )
     if micro_batch_size < 1:
-        raise UserError(f"run.micro_batch_size: {micro_batch_size} is not a number of rows; set it to 1 or more")
+        raise ConfigError(f"run.micro_batch_size: {micro_batch_size} is not a number of rows; set it to 1 or more")
     per_process = global_batch_size // world_size
     return next(m for m in range(min(micro_batch_size, per_process), 0, -1) if per_process % m == 0)
 
