@@ -58,9 +58,14 @@ def busy_us(intervals: list[tuple[float, float]]) -> float:
 def read_trace(file: Path, steps: int) -> dict:
     """ms per step by kind and by kernel, over the last `steps` of a trace.
 
-    Raises SystemExit where the trace holds fewer steps, or none on a GPU.
+    Raises SystemExit where the file is no trace, or one of fewer steps, or of none on a GPU.
     """
-    events = [event for event in json.loads(file.read_text())["traceEvents"] if event.get("ph") == "X"]
+    try:
+        events = [event for event in json.loads(file.read_text())["traceEvents"] if event.get("ph") == "X"]
+    except OSError as error:
+        raise SystemExit(f"error: --trace {file}: {error.strerror}; a run with run.profile_steps=8 writes profile/trace.json below run.out") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise SystemExit(f"error: --trace {file} is not what torch.profiler writes, a JSON object with traceEvents") from None
     marks = [e for e in events if e["name"].startswith("ProfilerStep#") and e.get("cat") == "user_annotation"]
     marks.sort(key=lambda e: e["ts"])
     if len(marks) < steps:
@@ -137,14 +142,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="the table goes here too")
     args = parser.parse_args()
     if bool(args.case) == bool(args.trace):
-        parser.error("give a case, or --trace FILE")
+        parser.error("give either a case or --trace FILE")
     if args.trace:
         profile = read_trace(args.trace, args.steps)
     else:
+        bench_recipe.check([args.case], args.option, args.gpus)
         with tempfile.TemporaryDirectory() as name:
             options = [*args.option, f"run.out={name}/out", f"run.profile_steps={RECORDED}"]
             with watched(Path(name, "clock")):
-                bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
+                try:
+                    bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
+                except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                    raise SystemExit(f"error: the run failed: {error}") from None
             log = [json.loads(line) for line in Path(name, "out/log.jsonl").read_text().splitlines()]
             rates = [record["tokens_per_s"] for record in log if "tokens_per_s" in record][2 + RECORDED :]
             if not rates:
