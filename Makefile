@@ -25,12 +25,15 @@ FAULTS := tests/torture tests/recipes/test_faults.py tests/recipes/test_torchtun
 # Each worker begins with one half of the files, in their order: what a file sets up is set up once.
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --dist worksteal -n "$$($(WORKERS))"
 
-.PHONY: demo test gpu faults torture style mutants clean
+.PHONY: demo help test gpu faults torture style mutants clean
 .SILENT:
 
 demo: $(VENV)/.installed
 	echo "[3/3] tune run lora_single_device --config tiny/lora"
 	$(BIN)/tune run lora_single_device --config tiny/lora
+
+help:
+	sed -n '/^#/!q; s/^# //p' Makefile
 
 test: $(VENV)/.installed-test
 	$(PYTEST) $(addprefix --ignore ,$(FAULTS))

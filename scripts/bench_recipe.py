@@ -35,6 +35,7 @@ import bench_dpo
 
 REPO = Path(__file__).resolve().parent.parent
 WARMUP_STEPS, MEASURED_STEPS = 5, 10
+BASELINES = ("hf_peft", "plain", "trl_dpo")
 PLAIN = ("compile cudnn", "compile flash", "eager cudnn", "eager flash")
 
 LLAMA_3_1_8B = {
@@ -210,6 +211,22 @@ def run_baseline(name: str, case: str, timeout_s: int, configurations: list[str]
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def check(cases: list[str], options: list[str], gpus: int) -> None:
+    """Raises SystemExit, before anything is written or started, where cases cannot be measured as asked."""
+    if unknown := sorted(set(cases) - set(CASES)):
+        raise SystemExit(f"error: no case {', '.join(unknown)}; bench_recipe.py --list prints those there are")
+    if gpus and set(cases) & set(bench_dpo.CASES):
+        raise SystemExit("error: DPO cases are measured on one GPU: leave out --gpus")
+    if wrong := [option for option in options if "=" not in option]:
+        raise SystemExit(f"error: --option {wrong[0]}: write KEY=VALUE, such as --option model.shard=all")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("error: no GPU to measure on")
+    if not 0 <= gpus <= torch.cuda.device_count():
+        raise SystemExit(f"error: --gpus {gpus}: write 0 (one process) to {torch.cuda.device_count()}, as many as this machine has")
+
+
 def environment(gpus: int) -> dict:
     """Where and with what a record was measured."""
     import torch
@@ -235,7 +252,7 @@ def main() -> None:
         "--gpus", type=int, default=0, help="a distributed recipe on so many GPUs, the batch times that; 0: one process"
     )
     parser.add_argument("--option", action="append", default=[], help="one more of the recipe's, such as model.shard=all")
-    parser.add_argument("--baseline", action="append", default=[], help="hf_peft (of full_ cases transformers alone), plain, or of DPO cases trl_dpo; may be repeated")
+    parser.add_argument("--baseline", action="append", default=[], choices=BASELINES, help="hf_peft (of full_ cases transformers alone), plain, or of DPO cases trl_dpo; may be repeated")
     parser.add_argument(
         "--plain", action="append", choices=PLAIN, help="a configuration of the baseline plain; may be repeated; without it all four"
     )
@@ -246,14 +263,14 @@ def main() -> None:
     if args.list:
         print("\n".join(CASES))
         return
+    if not args.case:
+        parser.error("give a --case; --list prints those there are")
     if any((case in bench_dpo.CASES) != (name == "trl_dpo") for case in args.case for name in args.baseline):
         raise SystemExit("error: the baseline of DPO cases is trl_dpo, and only theirs")
-    if args.gpus and set(args.case) & set(bench_dpo.CASES):
-        raise SystemExit("error: DPO cases are measured on one GPU: leave out --gpus")
     if args.gpus > 1 and "plain" in args.baseline:
         raise SystemExit("error: the baseline plain runs on one GPU: leave out --gpus")
-    if unknown := sorted(set(args.case) - set(CASES)):
-        raise SystemExit(f"error: no case {', '.join(unknown)}; --list prints those there are")
+    check(args.case, args.option, args.gpus)
+    failed = False
     for case in args.case:
         try:
             options = [f"--gpus {args.gpus}"] * bool(args.gpus) + [f"--option {option}" for option in args.option]
@@ -265,10 +282,12 @@ def main() -> None:
                 record["baselines"][name] = run_baseline(name, case, args.timeout, args.plain or list(PLAIN), args.gpus)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(f"{case}: FAILED, nothing recorded: {error}", flush=True)
+            failed = True
             continue
         with args.records.open("a") as out:
             out.write(json.dumps(record) + "\n")
         print(f"{case}: {record['tokens_per_s']:,} tokens/s, {record['peak_alloc_gib']} GiB", record["baselines"], flush=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 # Tests that need no GPU run on the CPU cores that the benchmark leaves idle, with the GPU hidden from them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$1
+out=${1:?"usage: scripts/gpu.sh OUT_DIR [CASE ...]"}
 shift
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

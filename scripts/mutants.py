@@ -8,6 +8,7 @@ cannot fail is worth nothing: a test must pass on the tree as it is, and fail wi
 the planted bug. Exit code 1 if a bug goes unseen.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -74,9 +75,13 @@ def verdict(mutant: Mutant, tree: Path) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="of names in tests/mutants; none: all of them")
+    words = parser.parse_args().words
     mutants = [read_mutant(path) for path in sorted((REPO / "tests" / "mutants").glob("*.patch"))]
-    words = sys.argv[1:]
     mutants = [mutant for mutant in mutants if not words or any(word in mutant.path.stem for word in words)]
+    if not mutants:
+        parser.error(f"no patch in tests/mutants has {' or '.join(words)} in its name")
     missed = 0
     for mutant in mutants:
         start = time.perf_counter()

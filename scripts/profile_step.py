@@ -55,12 +55,23 @@ def busy_us(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
+def read_events(file: Path) -> list[dict]:
+    """What a trace holds with a beginning and a duration. Raises SystemExit where the file is none."""
+    try:
+        return [event for event in json.loads(file.read_text())["traceEvents"] if event.get("ph") == "X"]
+    except OSError as error:
+        hint = "a run with run.profile_steps=8 writes profile/trace.json below its run.out"
+        raise SystemExit(f"error: --trace {file}: {error.strerror}; {hint}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise SystemExit(f"error: --trace {file} is not what torch.profiler writes, a JSON object with traceEvents") from None
+
+
 def read_trace(file: Path, steps: int) -> dict:
     """ms per step by kind and by kernel, over the last `steps` of a trace.
 
-    Raises SystemExit where the trace holds fewer steps, or none on a GPU.
+    Raises SystemExit where the file is no trace, or one of fewer steps, or of none on a GPU.
     """
-    events = [event for event in json.loads(file.read_text())["traceEvents"] if event.get("ph") == "X"]
+    events = read_events(file)
     marks = [e for e in events if e["name"].startswith("ProfilerStep#") and e.get("cat") == "user_annotation"]
     marks.sort(key=lambda e: e["ts"])
     if len(marks) < steps:
@@ -126,6 +137,25 @@ def render(profile: dict) -> str:
     return "\n".join(lines)
 
 
+def measure(args: argparse.Namespace) -> dict:
+    """Run a case with the profiler on. Raises SystemExit where it cannot run, or is too short."""
+    bench_recipe.check([args.case], args.option, args.gpus)
+    with tempfile.TemporaryDirectory() as name:
+        options = [*args.option, f"run.out={name}/out", f"run.profile_steps={RECORDED}"]
+        try:
+            with watched(Path(name, "clock")):
+                bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            raise SystemExit(f"error: the run failed: {error}") from None
+        log = [json.loads(line) for line in Path(name, "out/log.jsonl").read_text().splitlines()]
+        rates = [record["tokens_per_s"] for record in log if "tokens_per_s" in record][2 + RECORDED :]
+        if not rates:
+            raise SystemExit(f"error: the run has no step behind the window: give it more than {2 + RECORDED} (run.max_steps)")
+        profile = {"case": args.case, "options": args.option, "tokens_per_s": round(statistics.median(rates))}
+        profile |= read_trace(Path(name, "out/profile/trace.json"), args.steps)
+        return profile | {"clock": read_clock(Path(name, "clock").read_text()) if Path(name, "clock").exists() else {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="?", help="see bench_recipe.py --list")
@@ -137,21 +167,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="the table goes here too")
     args = parser.parse_args()
     if bool(args.case) == bool(args.trace):
-        parser.error("give a case, or --trace FILE")
+        parser.error("give either a case or --trace FILE")
     if args.trace:
         profile = read_trace(args.trace, args.steps)
     else:
-        with tempfile.TemporaryDirectory() as name:
-            options = [*args.option, f"run.out={name}/out", f"run.profile_steps={RECORDED}"]
-            with watched(Path(name, "clock")):
-                bench_recipe.run_recipe(args.case, args.timeout, args.gpus, options)
-            log = [json.loads(line) for line in Path(name, "out/log.jsonl").read_text().splitlines()]
-            rates = [record["tokens_per_s"] for record in log if "tokens_per_s" in record][2 + RECORDED :]
-            if not rates:
-                raise SystemExit(f"error: the run has no step behind the window: give it more than {2 + RECORDED} (run.max_steps)")
-            profile = {"case": args.case, "options": args.option, "tokens_per_s": round(statistics.median(rates))}
-            profile |= read_trace(Path(name, "out/profile/trace.json"), args.steps)
-            profile["clock"] = read_clock(Path(name, "clock").read_text()) if Path(name, "clock").exists() else {}
+        profile = measure(args)
     print(render(profile))
     if "tokens_per_s" in profile:
         print(f"\n{profile['tokens_per_s']:,} tokens/s in the steps behind the window")

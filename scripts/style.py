@@ -8,8 +8,8 @@ the deepest chain of def, class, if, for, while, with, try and match (an elif ad
 number, one plus every if, loop, except, case, comprehension, conditional expression and further operand of and/or.
 """
 
+import argparse
 import ast
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,11 @@ def check_tree(root: Path) -> list[Excess]:
 
 
 def main() -> None:
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent, help="of the tree; default: this one")
+    root = parser.parse_args().root
+    if not root.is_dir():
+        parser.error(f"{root} is not a directory")
     found = check_tree(root)
     for excess in found:
         print(excess)

@@ -4,7 +4,7 @@
 # Logs and records.jsonl go to OUT_DIR; GPUS (2) is how many. A line of docs/records.jsonl per case, then scripts/render_records.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$1
+out=${1:?"usage: scripts/two_gpus.sh OUT_DIR [GROUP ...]"}
 shift
 gpus=${GPUS:-2}
 mkdir -p "$out"

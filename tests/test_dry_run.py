@@ -53,6 +53,15 @@ def test_validate_checks_everything_and_loads_no_weight(workplace, capsys):
     assert re.search(r" for what is trained; activations come on top$", out, re.MULTILINE)
 
 
+def test_validate_warns_of_rows_longer_than_the_model_has_seen(workplace, capsys):
+    limit = model_config(read_config("model")).max_position_embeddings
+    cli.main(["validate", "c.yaml", f"data.max_seq_len={limit}"])
+    assert "WARNING" not in capsys.readouterr().out
+    cli.main(["validate", "c.yaml", f"data.max_seq_len={limit + 1}"])
+    warning = f"WARNING: data.max_seq_len={limit + 1} is beyond the {limit} positions that the model was trained on"
+    assert f"\n        {warning}\n" in capsys.readouterr().out
+
+
 def test_validate_of_a_model_trained_whole(workplace, capsys):
     """By the end of the config's name, or by --recipe; adapters are not among its options."""
     Path("my_full.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl, valid: valid.jsonl}\n")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -57,6 +58,36 @@ def test_a_short_trace_and_one_without_a_gpu_are_refused(script, tmp_path):
         script.read_trace(trace(tmp_path, one), steps=4)
     with pytest.raises(SystemExit, match="shows nothing on a GPU"):
         script.read_trace(trace(tmp_path, one), steps=1)
+
+
+def test_a_file_that_is_no_trace_is_refused(script, tmp_path):
+    with pytest.raises(SystemExit, match=r"none.json: No such file or directory; a run with run.profile_steps"):
+        script.read_trace(tmp_path / "none.json", steps=1)
+    for text in ("# words", "[]", "{}", '{"traceEvents": 1}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"other.json is not what torch.profiler writes"):
+            script.read_trace(tmp_path / "other.json", steps=1)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_starts(script, monkeypatch):
+    case, check = "lora_8b_bf16_2048x4_noac", script.bench_recipe.check
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check([case], ["model.shard=all"], 2)
+    check([case, "dpo_1b_bf16_ragged"], [], 0)
+    refused = [
+        ([case, "nope"], [], 0, "no case nope; bench_recipe.py --list"),
+        (["dpo_1b_bf16_ragged"], [], 1, "leave out --gpus"),
+        ([case], ["model.shard"], 0, "--option model.shard: write KEY=VALUE"),
+        ([case], [], 3, r"--gpus 3: write 0 \(one process\) to 2"),
+        ([case], [], -1, "--gpus -1: write 0"),
+    ]
+    for cases, options, gpus, message in refused:
+        with pytest.raises(SystemExit, match=message):
+            check(cases, options, gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU to measure on"):
+        check([case], [], 0)
 
 
 def test_clock_and_power_are_those_of_a_busy_gpu(script, tmp_path, monkeypatch):

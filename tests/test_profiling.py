@@ -37,14 +37,16 @@ def test_the_window_holds_the_steps_asked_for(tmp_path: Path) -> None:
 
 def test_a_short_run_writes_what_there_is_or_says_so(tmp_path: Path) -> None:
     said: list[str] = []
-    for steps, name in ((3, "a"), (1, "b")):
+    for steps, name in ((3, "a"), (1, "b"), (2, "c")):
         window = ProfileWindow(RunConfig(out=str(tmp_path / name), profile_steps=5), CPU, said.append)
         for _ in range(steps):
             multiply(16)
             window.step()
         window.close()
     assert (tmp_path / "a" / "profile" / "trace.json").exists()
-    assert said[-1] == "run.profile_steps: nothing recorded, the run ended within the first 2 steps"
+    nothing = "run.profile_steps: nothing recorded, the run ended within the first 2 steps"
+    assert said == [f"profile written to {tmp_path}/a/profile: trace.json, top_ops.txt", nothing, nothing]
+    assert not (tmp_path / "c" / "profile").exists()
 
 
 def test_nothing_happens_unless_asked(tmp_path: Path) -> None:

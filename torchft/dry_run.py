@@ -226,7 +226,7 @@ def check_model(
 
     Raises UserError if the model has no row for an id of the data, or there is too little disk.
     """
-    from torchft.fit import check_ids
+    from torchft.fit import check_ids, long_rows
     from torchft.modules.host_embedding import host_tables
     from torchft.modules.lora import trainable_parameters
 
@@ -239,6 +239,8 @@ def check_model(
     if cfg.model.shard != "auto":
         processes = f", on a number of processes that {cfg.model.shard} divides" if cfg.model.shard.isdecimal() else ""
         reports.append(f"model.shard={cfg.model.shard}: for recipes on several processes alone{processes}")
+    if warning := long_rows(model.config, cfg.data.max_seq_len):
+        reports.append(warning)
     for line in reports:
         print(textwrap.indent(line, INDENT))
     copied = isinstance(cfg, PreferenceRun) and cfg.dpo.reference == "copy"  # as torchft/reference.py loads it

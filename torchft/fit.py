@@ -43,6 +43,14 @@ def _check_branches(config: TransformerConfig, dataset: Dataset | None) -> None:
         )
 
 
+def long_rows(config: TransformerConfig, max_seq_len: int) -> str:
+    """A warning where rows are longer than any that the model has seen, or ""."""
+    limit = config.max_position_embeddings
+    if max_seq_len <= limit:
+        return ""
+    return f"WARNING: data.max_seq_len={max_seq_len} is beyond the {limit} positions that the model was trained on"
+
+
 def warn_of_misfits(
     model: CausalLM, dataset: Dataset, tokenizer: Tokenizer, max_seq_len: int, say: Callable[[str], None]
 ) -> None:
@@ -50,9 +58,8 @@ def warn_of_misfits(
 
     `model` has its base weights. Tokens added in this run are left out: their rows are fresh on purpose.
     """
-    limit = model.config.max_position_embeddings
-    if max_seq_len > limit:
-        say(f"WARNING: data.max_seq_len={max_seq_len} is beyond the {limit} positions that the model was trained on")
+    if warning := long_rows(model.config, max_seq_len):
+        say(warning)
     written = np.flatnonzero(np.bincount(dataset.ids))  # one pass; sorting 100 million ids would take seconds
     used = set(written.tolist()) & tokenizer.control_ids - set(tokenizer.added_ids)
     if untrained := untrained_rows(model, sorted(used)) if used else []:

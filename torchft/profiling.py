@@ -66,6 +66,8 @@ class ProfileWindow:
         self._write_memory()
 
     def _write_trace(self, profiler: profile) -> None:
+        if self._steps <= SKIPPED_STEPS:  # stopped where the window begins: a trace of no step
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._folder / "trace.json"))
         key = f"self_{self._device.type}_time_total"

@@ -18,6 +18,8 @@ OFF = "model.kernels={lora: eager, cross_entropy: eager}"
 
 
 def main() -> None:
+    if not {"compile", "eager"} & set(sys.argv[1:2]) or not {"cudnn", "flash"} & set(sys.argv[2:3]):
+        raise SystemExit("usage: plain.py compile|eager cudnn|flash [OPTION=VALUE ...]")
     compiled, backend, *options = sys.argv[1:]
     if backend == "flash":
         attention.SDPA_PRIORITY.sort(key=lambda kind: kind != SDPBackend.FLASH_ATTENTION)
