@@ -234,7 +234,7 @@ class Traffic:
         self.sent = 0
 
     def make_room(self, unused: int) -> None:
-        """A block computes once no more than this are on their way. unused: blocks to come that keep everything."""
+        """Before a block computes: at most 1 + unused before it stay on the device. unused: blocks to come that keep everything."""
         while len(self.leaving) >= ON_THE_WAY + unused:
             if (leaving := self.leaving.popleft()()) is not None:
                 leaving.leave()

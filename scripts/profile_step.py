@@ -107,7 +107,7 @@ def watched(file: Path) -> Iterator[None]:
         yield
         return
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader,nounits", f"-lms={INTERVAL_MS}"]
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader,nounits", f"--loop-ms={INTERVAL_MS}"]
     with file.open("w") as out:
         watcher = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
         try:
@@ -118,9 +118,10 @@ def watched(file: Path) -> Iterator[None]:
 
 
 def read_clock(text: str) -> dict[str, float]:
-    """Medians of `watched`'s lines at which the GPU was busy throughout; empty without any."""
-    rows = [[float(cell) for cell in line.split(",")] for line in text.splitlines() if re.fullmatch(r"[\d., ]+", line)]
-    busy = [row for row in rows if len(row) == len(ASKED) and row[-1] >= 99]
+    """Medians of `watched`'s lines at which the GPU was busy throughout; empty without any. The last one may be cut off anywhere."""
+    whole = re.compile(", ".join([r"\d+(?:\.\d+)?"] * len(ASKED)))
+    rows = [[float(cell) for cell in line.split(", ")] for line in text.splitlines() if whole.fullmatch(line)]
+    busy = [row for row in rows if row[-1] >= 99]
     if not busy:
         return {}
     medians = [statistics.median(column) for column in zip(*busy, strict=True)]

@@ -237,7 +237,7 @@ def test_memory_that_is_not_what_it_seems_is_no_wrong_loss(tmp_path: Path, monke
 def in_this_process(monkeypatch: pytest.MonkeyPatch, rendezvous: Callable[..., object]) -> None:
     """Symmetric memory without a GPU, for a process that is alone."""
     monkeypatch.setattr(symmetric, "get_mempool_allocator", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "MemPool", lambda allocator, **options: None)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda allocator, **options: object())
     monkeypatch.setattr(symmetric, "rendezvous", rendezvous)
     monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: nullcontext())
 
@@ -255,11 +255,39 @@ def test_what_is_moved_does_not_stay_in_the_allocators_cache(tmp_path: Path, mon
     distributed_run(1, tmp_path, work)
 
 
-def test_gpus_that_cannot_open_their_memory_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(mine: torch.Tensor, group: object) -> None:
+def test_no_model_is_given_the_memory_of_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a model are in one pool, which no other model has."""
+    pools = []
+    in_this_process(monkeypatch, lambda mine, group: None)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: nullcontext(pools.append(pool)))
+
+    def work(rank: int) -> None:
+        for _ in range(2):
+            gradients(divided("all", (1,), copies=True))
+        assert [pools.index(pool) for pool in pools] == [0] * LAYERS + [LAYERS] * LAYERS
+
+    distributed_run(1, tmp_path, work)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sum_sees_a_bit_and_takes_no_memory_beside_it(dtype: torch.dtype) -> None:
+    """By then the GPU may be full."""
+    memory = torch.randn(2**16, dtype=dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        before = divided_blocks._sum(memory)
+    assert 0 < sum(max(event.cpu_memory_usage, 0) for event in profile.events()) < 1000
+    memory.view(torch.int16)[12345] ^= 1
+    assert not torch.equal(divided_blocks._sum(memory), before)
+
+
+@pytest.mark.parametrize("where", ["get_mempool_allocator", "MemPool", "rendezvous"])
+def test_gpus_that_cannot_open_their_memory_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise RuntimeError("CUDA driver error: operation not permitted")
 
     in_this_process(monkeypatch, fail)
+    if where != "rendezvous":
+        monkeypatch.setattr(torch.cuda if where == "MemPool" else symmetric, where, fail)
 
     def work(rank: int) -> None:
         with pytest.raises(RuntimeError, match="not permitted") as caught:

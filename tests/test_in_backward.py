@@ -51,9 +51,9 @@ class Run:
         ids = torch.randint(19, (4, 6), generator=torch.Generator().manual_seed(step))
         return nn.functional.cross_entropy(self.model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
 
-    def step(self, step: int, factor: float = 1.0) -> tuple[float, float]:
+    def step(self, step: int, factor: float = 1.0, summand: float = 0.0) -> tuple[float, float]:
         set_lr(self.optimizer, 0.01 / (step + 1))
-        loss = self.loss(step) * factor
+        loss = self.loss(step) * factor + summand
         if self.updates:
             norm, found_inf = self.updates.backward(loss)
         else:
@@ -84,6 +84,17 @@ def test_the_same_bits_as_the_ordinary_step(name: str) -> None:
         assert ours.step(step) == (pytest.approx(norm, rel=1e-6), found_inf)
         assert not differing(ours.snapshot(), ordinary.snapshot())
     assert ours.optimizer.state[ours.params["embed_tokens.weight"]]["step"].item() == 6  # once a step, for both its uses
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_has_no_gradient_in_a_step_is_not_in_its_norm(name: str) -> None:
+    ordinary, ours = Run(name, in_backward=False), Run(name, in_backward=True)
+    for step in range(3):
+        for run in (ordinary, ours):
+            run.model.layer.requires_grad_(step != 1)
+        norm, found_inf = ordinary.step(step)
+        assert ours.step(step) == (pytest.approx(norm, rel=1e-6), found_inf)
+        assert not differing(ours.snapshot(), ordinary.snapshot())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -120,11 +131,14 @@ def test_gradients_never_exist_together(name: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_changes_nothing(name: str, poison: float) -> None:
+@pytest.mark.parametrize("into", ["factor", "summand"])
+def test_a_loss_that_is_not_finite_changes_nothing(name: str, poison: float, into: str) -> None:
+    """Its gradients may be finite: those of a loss times NaN are not, of a loss plus NaN they are."""
     run = Run(name, in_backward=True)
     run.step(0)
     before = run.snapshot()
-    _, found_inf = run.step(1, factor=poison)
+    norm, found_inf = run.step(1, **{into: poison})
+    assert math.isfinite(norm) == (into == "summand")
     assert found_inf == 1 and not differing(run.snapshot(), before)
     assert run.step(2)[1] == 0 and run.optimizer.state[run.params["norm.weight"]]["step"].item() == 2
 

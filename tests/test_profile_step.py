@@ -93,12 +93,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(script, monke
 def test_clock_and_power_are_those_of_a_busy_gpu(script, tmp_path, monkeypatch):
     text = "345, 1980, 80.1, 700.00, 0\n1395, 1980, 698.2, 700.00, 100\n1410, 1980, 690.0, 700.00, 100\n1380, 1980, 699.9, 700.00, 99\n"
     expected = {"sm_mhz": 1395, "max_sm_mhz": 1980, "watts": 698.2, "limit_watts": 700, "samples": 3}
-    assert script.read_clock(text + "[N/A], 1980, 1, 700, 100\n1395, 19") == expected  # what it does not know, and a line cut off
+    for rest in ("[N/A], 1980, 1, 700, 100", *("1395, 1980, 698.2, 700.00, 10"[:end] for end in range(30))):  # not known; cut off
+        assert script.read_clock(text + rest) == expected
     assert script.read_clock("345, 1980, 80.1, 700.00, 0\n") == {}
-    told = tmp_path / "nvidia-smi"
-    told.write_text('#!/bin/sh\necho "$@" >&2\nwhile true; do echo "1395, 1980, 698.2, 700.00, 100"; sleep 0.05; done\n')
-    told.chmod(0o755)
+    tool, told = tmp_path / "nvidia-smi", tmp_path / "told"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {told}\nwhile true; do echo "1395, 1980, 698.2, 700.00, 100"; sleep 0.05; done\n')
+    tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     with script.watched(tmp_path / "clock"):
         for _ in range(200):
             time.sleep(0.02)
@@ -106,6 +108,8 @@ def test_clock_and_power_are_those_of_a_busy_gpu(script, tmp_path, monkeypatch):
                 break
     found = script.read_clock((tmp_path / "clock").read_text())
     assert found["watts"] == 698.2
+    wanted = ("--id=3", f"--query-gpu={','.join(script.ASKED)}", "--format=csv,noheader,nounits", "--loop-ms=100")
+    assert told.read_text().split() == list(wanted)
     monkeypatch.setenv("PATH", "")
     with script.watched(tmp_path / "none"):
         pass

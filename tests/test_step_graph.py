@@ -1,5 +1,7 @@
 """A recorded micro-batch gives what the launches one by one give: gradients, their sums, and what later steps see."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -106,6 +108,22 @@ PLANS = {
     "another shape between": [[rows(n), rows(10 + n, tokens=36 if n == 3 else 37)] for n in range(6)],
     "without documents between": [[rows(n, documents=n != 4)] for n in range(7)],
 }
+
+
+def test_what_nobody_uses_is_gone_before_a_graph_is_recorded(recording: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is a circle, which waits for Python's collector. To free its memory may need the GPU, which is not to be asked then."""
+    model, past, seen = fused(), fused(), []
+    gone, graph = weakref.ref(past), torch.cuda.graph
+    past.itself = [past]
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: seen.append(gone() is None) or graph(*args, **options))
+    gc.disable()
+    try:
+        del past
+        assert gone() is not None
+        steps(graphed(model), model, PLANS["one"])
+    finally:
+        gc.enable()
+    assert recording and all(seen)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -250,12 +250,12 @@ class DividedBlocks:
         import torch.distributed._symmetric_memory as symmetric  # here: it takes its time
 
         torch.cuda.empty_cache()  # of what was just moved: this memory comes from the driver, which asks no cache for what it lacks
-        if self._pool is None:
-            # A pool, so that it counts as allocated, and not torch's own: that gives memory of a model before this one out again,
-            # which rendezvous takes for what it was then, each process in an order of its own.
-            allocator = symmetric.get_mempool_allocator(like.device)
-            self._pool = torch.cuda.MemPool(allocator, use_on_oom=False, no_split=True)
         try:
+            if self._pool is None:
+                # A pool, so that it counts as allocated, and not torch's own: that gives memory of a model before this one out
+                # again, which rendezvous takes for what it was then, each process in an order of its own.
+                allocator = symmetric.get_mempool_allocator(like.device)
+                self._pool = torch.cuda.MemPool(allocator, use_on_oom=False, no_split=True)
             with torch.cuda.use_mem_pool(self._pool):
                 mine = like.new_empty(numel)
             handle = symmetric.rendezvous(mine, self._group)
@@ -280,8 +280,8 @@ def _layout(block: FusedBlock, parts: int) -> Layout:
 
 
 def _sum(memory: Tensor) -> Tensor:
-    """Of its bits, two bytes at a time; int64."""
-    return memory.view(torch.int16).sum()
+    """Of its bits, eight bytes at a time, modulo 2^64: of a narrower dtype torch would make a copy in int64 first."""
+    return memory.view(torch.int64).sum()
 
 
 def _aligned(numel: int) -> int:

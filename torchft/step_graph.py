@@ -20,6 +20,7 @@ models, training of all weights, evaluation.
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -109,6 +110,7 @@ class StepGraph:
 
     def _record(self, model: CausalLM, batch: Batch, more: tuple) -> Recorded:
         """Nothing is computed by this. Gradients are as they were afterwards."""
+        gc.collect()  # a model before this one, were it found amid the recording: memory that others read waits for the GPU to be freed
         torch._C._cuda_clearCublasWorkspaces()  # the graph brings its own
         torch.cuda.empty_cache()  # as capturing begins with: what it takes is counted from here on
         static = replace(batch, **{name: value.clone() for name, value in batch.tensors().items()})

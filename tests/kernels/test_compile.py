@@ -38,7 +38,7 @@ KERNELS = [
     ("int8_rows", "_decode_kernel", "*i8 *fp32 *{0}", {"D": 4096, "BLOCK": 4096}),
     ("gather_rows", "_gather_kernel", "*{0} *i64 *{0} i32", {"D": 5376, "BLOCK": 4096}),
     ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 4096, "BLOCKS": 1}),
-    ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 16384, "BLOCKS": 2}),
+    ("fp8_quantize", "_quantize_kernel", "*{0} *fp32 *fp8e4nv *fp32 i32 i32", {"BLOCK": 4096, "BLOCKS": 9}),
     ("fp8_transpose", "_transpose_kernel", "*u8 *u8 i32 i32 i32", {"TILE": 128}),
     ("fp8_rms_norm", "_kernel", "*{0} *{0} *{0} *{0} *{0} *fp32 *fp8e4nv *fp32 i32 fp32", {"BLOCK_D": 4096}),
     ("lora_gate", "_gate_kernel", "*{0} *{0} *{0} *{0} *{0} *{0} i32 fp32 i32 i32",

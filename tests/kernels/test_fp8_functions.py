@@ -41,7 +41,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def record(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         RECORDED.append(quantize_rows_eager(x, factor))
-        assert bool((RECORDED[-1][0].float().abs().amax(1) == 448).all()), "a row's scale is not that of its largest number"
         return RECORDED[-1]
 
     for module in (fp8_quantize, fp8_rms_norm):

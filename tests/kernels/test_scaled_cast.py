@@ -26,6 +26,13 @@ def test_what_is_not_finite_stays_so() -> None:
         torch.testing.assert_close(scaled_cast(x, number, torch.float16), (x * number).half(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_it_is_registered_whole(eager: bool) -> None:
+    """torch.compile takes it for one node, of a head's gradient in backward."""
+    for dtype in (torch.float16, torch.float32):
+        torch.library.opcheck(torch.ops.torchft.scaled_cast.default, (torch.ones(3, 5), torch.tensor(0.5), dtype, eager))
+
+
 def test_refused() -> None:
     x, one = torch.ones(4, 4), torch.ones(())
     for wrong in ((x.T[:, :2], one), (x.half(), one), (x, torch.ones(2)), (x, one.double())):
