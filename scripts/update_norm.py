@@ -5,7 +5,7 @@
     python scripts/update_norm.py --tiny                   # tiny shapes, on any device
 
 A model of random weights in bf16 is written once, and both runs load it: optim.name=adamw_bf16 over bf16 weights with updates in
-backward, and adamw over fp32 ones. Of what each exports the start is subtracted:
+backward, and adamw over fp32 ones, both computing in bf16. From the weights in each one's last checkpoint the start is subtracted:
 
     norm     |bf16 update| / |fp32 update|        rounded to the nearest, small updates are lost: 0.34 after 100 steps of lr 2e-5
     along    (bf16 update . fp32 update) / |fp32 update|^2       stochastic rounding's own random walk adds to the norm, not to this
@@ -30,19 +30,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 RUNS = {  # -> the case whose options it has, and more
-    "fp32": ("full_1b_fp32master_2048x4_noac", ["model.dtype=float32"]),
-    "bf16": ("full_1b_bf16_2048x4_noac", ["model.dtype=bfloat16", "optim.in_backward=true", "optim.max_grad_norm=0"]),
+    "fp32": ("full_1b_fp32master_2048x4_noac", []),
+    "bf16": ("full_1b_bf16_2048x4_noac", ["optim.in_backward=true", "optim.max_grad_norm=0"]),
 }
 TINY = ["data.max_seq_len=64", "run.global_batch_size=2", "run.micro_batch_size=2"]
 NORM, ALONG = 0.98, 0.9
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of a model directory, one at a time."""
+    """Names and weights of a model directory, or of a checkpoint, one at a time."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (it is no dict)
-                yield name, opened.get_tensor(name)
+                if not name.startswith("optimizer/"):
+                    yield name.removeprefix("params/"), opened.get_tensor(name)
 
 
 def compare(start: Path, fp32: Path, bf16: Path) -> dict[str, float]:
@@ -71,10 +72,11 @@ def run_both(folder: Path, tiny: bool, steps: int, timeout_s: int) -> tuple[dict
     start, figures = folder / "start/model", {}
     bench_start.prepare(start.parent, config, bench_start.FILE_BYTES, num_tokens=1)
     for run, (case, options) in RUNS.items():
-        options = [*options, f"model.path={start}", "model.weights=pretrained", f"run.out={folder / run}", f"run.max_steps={steps}"]
+        options = [*options, f"model.path={start}", "model.weights=pretrained", f"run.out={folder / run}"]
+        options += [f"run.max_steps={steps}", f"run.save_every={steps}"]
         command = ["-m", "torchft", "run", "full_finetune_distributed"]
         figures[run] = bench_recipe.measure(command, case, timeout_s, 1, options + (TINY if tiny else []))
-    return compare(start, folder / "fp32/model", folder / "bf16/model"), figures
+    return compare(start, *(folder / run / f"step_{steps:06d}" for run in RUNS)), figures
 
 
 def main() -> None:

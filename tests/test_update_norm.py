@@ -37,6 +37,13 @@ def test_norm_and_the_share_along_the_other_over_all_weights(script, tmp_path):
     assert found == {"norm": pytest.approx(13 / 5), "along": 1.0, "cosine": pytest.approx(5 / 13), "weights": 2}
 
 
+def test_weights_of_a_checkpoint_and_not_its_moments(script, tmp_path):
+    moved = {"params/a": torch.tensor([1.0, 2.0]), "optimizer/a/exp_avg": torch.full((2,), 9.0)}
+    folder = model(tmp_path / "step_000003")
+    save_file(moved, folder / "shard-00001-model-00001-of-00001.safetensors")
+    assert {name: tensor.tolist() for name, tensor in script.tensors(folder)} == {"a": [1.0, 2.0]}
+
+
 def test_what_is_no_update_of_one_model_is_refused(script, tmp_path):
     start = model(tmp_path / "start", a=torch.ones(2), b=torch.ones(3))
     with pytest.raises(SystemExit, match="b of .*start is not in both results"):
