@@ -1,8 +1,10 @@
 """What every test runs under: offline, a cache of its own, one torch thread per worker, GPU tests only with a GPU."""
 
+import fcntl
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -41,6 +43,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Other workers' tests find the memory that this one's has left in the allocator's cache."""
+    if torch.cuda.is_available() and item.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def whole_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests of tens of GiB: those of all workers one after the other."""
+    with open(tmp_path_factory.getbasetemp().parent / "whole_gpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()  # before others begin, which is sooner than the hook above
 
 
 @pytest.fixture(scope="session")

@@ -221,6 +221,7 @@ def test_kernel_and_twin_give_the_same_bits_at_real_sizes(grad_dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_offsets_beyond_32_bits():
     """PITFALLS G1: 2^31 + 5,000 elements; the last ones get the bits that they get as a part of their own."""
     count, tail = 2**31 + 5000, 6000

@@ -40,6 +40,7 @@ def test_the_weights_gradient_in_bf16_is_summed_in_fp32_within_the_product():
     torch.testing.assert_close(total, (start + gradient.double().T @ x.double()).float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_offsets_beyond_32_bits():
     """PITFALLS G1: a chunk of 8,300 x 262,144 logits, 2.18e9 elements."""
     rows, vocabulary = 8_300, 262_144

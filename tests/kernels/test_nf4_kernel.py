@@ -160,6 +160,7 @@ def expected_rows(storage: Storage, start: int, rows: int, columns: int) -> Tens
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_more_weights_than_int32_counts() -> None:
     rows, columns = 2**19 + 4 * 1024, 4096
     storage = random_storage(rows * columns, torch.bfloat16)
@@ -173,6 +174,7 @@ def test_more_weights_than_int32_counts() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows, columns", [(48, 4096), (16384, 8190)])
+@pytest.mark.usefixtures("whole_gpu")
 def test_rows_further_apart_than_int32_counts(rows: int, columns: int) -> None:
     """The path for padded rows, the last of which begins beyond 2^31 elements; in runs of 64 weights, and of 2."""
     stride = -(-(2**31 + 2**20) // (rows - 1))

@@ -253,6 +253,7 @@ def test_as_exact_as_pytorch(rows, width, dtype):
 
 
 @gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_more_than_2_31_elements():
     rows, width, chunk = 2**18 + 3, 8192, 2**14
     h = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_()

@@ -254,6 +254,7 @@ def test_as_exact_as_pytorch(size, dtype):
 
 @gpu
 @pytest.mark.parametrize("kind", ["rows", "heads first"])
+@pytest.mark.usefixtures("whole_gpu")
 def test_more_than_2_31_elements(kind):
     T, H, K, E, chunk = 2**19 + 3, 32, 2, 128, 2**14
     cos, sin = tables(1, T, E)

@@ -41,6 +41,7 @@ def test_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_bf16_on_cuda_and_beyond_2_31_elements() -> None:
     x, scale = torch.randn(1000, 333, device="cuda"), torch.tensor(0.37, device="cuda")
     assert torch.equal(scaled_cast(x, scale, torch.bfloat16), (x * scale).bfloat16())

@@ -222,6 +222,7 @@ def test_real_widths_lose_no_more_than_torch(width, dtype, activation):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_offsets_beyond_32_bits():
     """PITFALLS G1: 41,000 x 53,248 are 2.18e9 elements in each of the three tensors, gate_up has twice as many."""
     rows, width = 41_000, 53_248
