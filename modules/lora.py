@@ -60,7 +60,7 @@ class LoraSpec:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"lora dropout is {self.dropout}; it must be at least 0 and below 1")
         if not self.target_modules:
-            raise ValueError("lora target_modules is empty; name linears such as q_proj, or all-linear")
+            raise ValueError("lora.target_modules is empty; name linears such as q_proj, or all-linear")
 
     @property
     def scale(self) -> float:
@@ -209,10 +209,10 @@ def _check_target(model: nn.Module, target: str, linears: list[str]) -> None:
         raise _matches_nothing(target, linears)
     wrong = next((name for name in hits if name not in linears), None)
     if wrong and _leaf(wrong) in ("embed_tokens", "lm_head"):
-        raise ValueError(f"lora target_modules: {target!r} takes no adapter; name it in modules_to_save to train it whole")
+        raise ValueError(f"lora.target_modules: {target!r} takes no adapter; name it in modules_to_save to train it whole")
     if wrong:
         kind = type(model.get_submodule(wrong)).__name__
-        raise ValueError(f"lora target_modules: {target!r} is {wrong}, a {kind}; adapters go on linears only")
+        raise ValueError(f"lora.target_modules: {target!r} is {wrong}, a {kind}; adapters go on linears only")
 
 
 def _matches_nothing(target: str, linears: list[str]) -> ValueError:
@@ -220,7 +220,7 @@ def _matches_nothing(target: str, linears: list[str]) -> ValueError:
     near = difflib.get_close_matches(target, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return ValueError(
-        f"lora target_modules: {target!r} matches no module; {hint}the linears here are {', '.join(known)}, "
+        f"lora.target_modules: {target!r} matches no module; {hint}the linears here are {', '.join(known)}, "
         "or use all-linear alone"
     )
 

@@ -241,7 +241,8 @@ def _frozen_ends_rules(values: dict[str, Any]) -> list[tuple[bool, str, str]]:
         who = "" if values.get("lora.rank") else "lora.rank=0" if "lora.rank" in values else "this recipe"
         who = "data.new_tokens" if values.get("data.new_tokens") else who
         who = "lora.modules_to_save" if name in values.get("lora.modules_to_save", []) else who
-        rules.append((bool(chosen and who), key, f"{value}, for a frozen {name}, and {who} trains it; remove one of them"))
+        fix = "take it out" if who == "this recipe" else "remove one of them"
+        rules.append((bool(chosen and who), key, f"{value}, for a frozen {name}, and {who} trains it; {fix}"))
     return rules
 
 
