@@ -52,13 +52,13 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora rank is {self.rank}; it must be at least 1")
+            raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise ValueError(
-                f"lora alpha is {self.alpha}; it must be a positive number (a common choice is twice the rank)"
+                f"lora.alpha is {self.alpha}; it must be a positive number (a common choice is twice the rank)"
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora dropout is {self.dropout}; it must be at least 0 and below 1")
+            raise ValueError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty; name linears such as q_proj, or all-linear")
 

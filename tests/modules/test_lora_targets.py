@@ -96,5 +96,5 @@ def test_a_second_adapter_is_refused() -> None:
     ],
 )
 def test_impossible_specs_are_refused_by_field(fields: dict) -> None:
-    with pytest.raises(ValueError, match=f"lora {next(iter(fields))} is"):
+    with pytest.raises(ValueError, match=rf"lora\.{next(iter(fields))} is"):
         LoraSpec(**({"rank": 4, "alpha": 8.0} | fields))
