@@ -76,7 +76,7 @@ class ActivationMemory:
             model.model.checkpointing.probe = Probe(len(model.model.layers) - 1)
             log.print(f"{self._line()}, for {MEASURED_STEPS} steps that measure what fits (auto)")
         elif cfg.activation_checkpointing == "auto":
-            log.print("activation checkpointing: none on a CPU (auto)")
+            log.print(f"activation checkpointing: none on a CPU (auto){', and nothing waits elsewhere' if self._offload else ''}")
         else:
             apply_activation_checkpointing(model, cfg.activation_checkpointing, self._offload, self._splits)
             if model.model.checkpointing.blocks:
