@@ -164,6 +164,16 @@ def test_a_plain_backward_is_told_apart() -> None:
         run.loss(0).backward()
 
 
+def test_so_is_one_behind_a_backward_that_failed() -> None:
+    run = Run("adamw", in_backward=True)
+    loss = run.loss(0)
+    loss.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.updates.backward(loss)
+    with pytest.raises(AssertionError, match="call StepInBackward.backward"):
+        run.loss(0).backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_update_waits_for_the_gpu(name: str) -> None:

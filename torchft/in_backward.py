@@ -41,13 +41,14 @@ class StepInBackward:
         Returns the norm of all gradients and found_inf (1.0 if the norm or the loss is not finite, else 0.0): fp32 scalars
         on the device, as `clip_and_check` does.
         """
-        self._zero = loss.detach() * 0
+        self._zero = zero = loss.detach() * 0
         self._norms.zero_()
-        loss.backward()
+        try:
+            loss.backward()
+        finally:
+            self._zero = None
         grad_norm = self._norms.double().square().sum().sqrt().float()
-        found_inf = (grad_norm * self._zero).isnan().float()
-        self._zero = None
-        return grad_norm, found_inf
+        return grad_norm, (grad_norm * zero).isnan().float()
 
     @torch.no_grad()
     def _update(self, norm: Tensor, param: Tensor) -> None:
