@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import bench_dpo
 import bench_recipe
 import bench_start
 from safetensors import safe_open
@@ -33,7 +32,6 @@ RUNS = {  # -> the case whose options it has, and more
     "fp32": ("full_1b_fp32master_2048x4_noac", []),
     "bf16": ("full_1b_bf16_2048x4_noac", ["optim.in_backward=true", "optim.max_grad_norm=0"]),
 }
-TINY = ["data.max_seq_len=64", "run.global_batch_size=2", "run.micro_batch_size=2"]
 NORM, ALONG = 0.98, 0.9
 
 
@@ -50,9 +48,8 @@ def compare(start: Path, fp32: Path, bf16: Path) -> dict[str, float]:
     """norm, along and cosine of two updates of one model, over all weights. Raises SystemExit where they are not of one model."""
     squares, along = {"fp32": 0.0, "bf16": 0.0}, 0.0
     others = [dict(tensors(folder)) for folder in (fp32, bf16)]
-    names = []
-    for name, before in tensors(start):
-        names.append(name)
+    count = 0
+    for count, (name, before) in enumerate(tensors(start), start=1):
         if any(name not in other or other[name].shape != before.shape for other in others):
             raise SystemExit(f"error: {name} of {start} is not in both results")
         one, two = (other[name].double() - before.double() for other in others)
@@ -63,19 +60,20 @@ def compare(start: Path, fp32: Path, bf16: Path) -> dict[str, float]:
         raise SystemExit(f"error: no weight of {fp32} has moved")
     norms = {key: math.sqrt(value) for key, value in squares.items()}
     cosine = along / (norms["fp32"] * norms["bf16"]) if norms["bf16"] else 0.0
-    return {"norm": norms["bf16"] / norms["fp32"], "along": along / squares["fp32"], "cosine": cosine, "weights": len(names)}
+    return {"norm": norms["bf16"] / norms["fp32"], "along": along / squares["fp32"], "cosine": cosine, "weights": count}
 
 
 def run_both(folder: Path, tiny: bool, steps: int, timeout_s: int) -> tuple[dict[str, float], dict[str, dict]]:
     """What `compare` says of two runs from one start, written into `folder` with it, and the figures of each run."""
-    config = bench_recipe.model_config("1b") | (bench_dpo.TINY | {"head_dim": 16, "vocab_size": 1280} if tiny else {})
+    config = bench_start.TINY | {"tie_word_embeddings": True} if tiny else bench_recipe.model_config("1b")
+    shapes = [f"{key}={value}" for key, value in bench_start.TINY_OPTIONS.items()] if tiny else []
     start, figures = folder / "start/model", {}
     bench_start.prepare(start.parent, config, bench_start.FILE_BYTES, num_tokens=1)
     for run, (case, options) in RUNS.items():
         options = [*options, f"model.path={start}", "model.weights=pretrained", f"run.out={folder / run}"]
         options += [f"run.max_steps={steps}", f"run.save_every={steps}"]
         command = ["-m", "torchft", "run", "full_finetune_distributed"]
-        figures[run] = bench_recipe.measure(command, case, timeout_s, 1, options + (TINY if tiny else []))
+        figures[run] = bench_recipe.measure(command, case, timeout_s, 1, options + shapes)
     return compare(start, *(folder / run / f"step_{steps:06d}" for run in RUNS)), figures
 
 

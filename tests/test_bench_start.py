@@ -11,23 +11,17 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors import safe_open
+from script_modules import script_module
 
 from torchft.hf_checkpoint import open_checkpoint
 from torchft.models import build_model, read_config
 from torchft.weights import load_weights
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    import bench_start
-
-    sys.path.remove(str(SCRIPTS))
-    yield bench_start
-    for name in ("bench_start", "bench_recipe", "bench_dpo"):
-        sys.modules.pop(name)
+    with script_module("bench_start") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,20 @@
 """scripts/profile_step.py: a small trace by hand, its kinds, gaps and overlaps."""
 
-import importlib.util
 import json
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+from script_modules import script_module
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("profile_step", SCRIPTS / "profile_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(SCRIPTS))
-    return module
+def script() -> Iterator[ModuleType]:
+    with script_module("profile_step") as module:
+        yield module
 
 
 def event(category: str, name: str, start_ms: float, ms: float) -> dict:

@@ -1,14 +1,15 @@
 """docs/RECORDS.md says what docs/records.jsonl says, and every record is complete."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_modules import script_module
 
 EVERY = {"case", "date", "commit", "command", "gpu", "num_gpus", "versions", "baselines"}
 FIELDS = EVERY | {"tokens_per_s", "peak_alloc_gib", "loss_first", "loss_last"}
@@ -18,11 +19,9 @@ START = re.compile(r"start_\w+_lora_bf16")
 
 
 @pytest.fixture(scope="module")
-def render(repo: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render_records", repo / "scripts" / "render_records.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def render() -> Iterator[ModuleType]:
+    with script_module("render_records") as module:
+        yield module
 
 
 def test_page_is_rendered_from_the_records(repo: Path) -> None:

@@ -1,24 +1,19 @@
 """scripts/update_norm.py: two updates of one small model, compared."""
 
-import importlib.util
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+from script_modules import script_module
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("update_norm", SCRIPTS / "update_norm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(SCRIPTS))
-    return module
+def script() -> Iterator[ModuleType]:
+    with script_module("update_norm") as module:
+        yield module
 
 
 def model(folder: Path, **tensors: torch.Tensor) -> Path:
