@@ -32,7 +32,7 @@ def test_the_window_holds_the_steps_asked_for(tmp_path: Path) -> None:
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
     assert names.count("aten::mm") == 2 and "aten::cumsum" not in names
     assert "aten::mm" in (tmp_path / "profile" / "top_ops.txt").read_text()
-    assert said == [f"profile written to {tmp_path}/profile: trace.json, top_ops.txt"]
+    assert said == [f"profile of 2 steps written to {tmp_path}/profile: trace.json, top_ops.txt"]
 
 
 def test_a_short_run_writes_what_there_is_or_says_so(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_short_run_writes_what_there_is_or_says_so(tmp_path: Path) -> None:
         window.close()
     assert (tmp_path / "a" / "profile" / "trace.json").exists()
     nothing = "run.profile_steps: nothing recorded, the run ended within the first 2 steps"
-    assert said == [f"profile written to {tmp_path}/a/profile: trace.json, top_ops.txt", nothing, nothing]
+    assert said == [f"profile of 1 step written to {tmp_path}/a/profile: trace.json, top_ops.txt", nothing, nothing]
     assert not (tmp_path / "c" / "profile").exists()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from torchft.atomic import replace_bytes
+from torchft.checks import counted
 from torchft.config import RunConfig
 from torchft.ranks import rank
 
@@ -66,14 +67,15 @@ class ProfileWindow:
         self._write_memory()
 
     def _write_trace(self, profiler: profile) -> None:
-        if self._steps <= SKIPPED_STEPS:  # stopped where the window begins: a trace of no step
+        recorded = self._steps - SKIPPED_STEPS
+        if recorded <= 0:  # stopped where the window begins: a trace of no step
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._folder / "trace.json"))
         key = f"self_{self._device.type}_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=80)
         replace_bytes(self._folder / "top_ops.txt", table.encode())
-        self._say(f"profile written to {self._folder}: trace.json, top_ops.txt")
+        self._say(f"profile of {counted(recorded, 'step')} written to {self._folder}: trace.json, top_ops.txt")
 
     def _write_memory(self) -> None:
         if not self._memory:

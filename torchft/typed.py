@@ -105,7 +105,7 @@ def _list_items(node: Node, item_hint: Any) -> list[Node]:
     if item_hint is SourceConfig and node.tag != NULL:
         return [node]  # data.train: file.jsonl
     example = f"[{node.value}]" if isinstance(node, ScalarNode) and node.tag != NULL else "[...]"
-    raise _Mismatch(f"expects a list, got {_describe(node)}; write {example}")
+    raise _Mismatch(f"expects a list, got {_describe(node)}; one is written in brackets: {example}")
 
 
 def _read_source(node: Node, key: str, problems: list[Problem]) -> SourceConfig:
