@@ -46,9 +46,8 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of a model directory, or of a checkpoint, one at a time."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (it is no dict)
-                if not name.startswith("optimizer/"):
-                    yield name.removeprefix("params/"), opened.get_tensor(name)
+            for name in (name for name in opened.keys() if not name.startswith("optimizer/")):  # noqa: SIM118  (it is no dict)
+                yield name.removeprefix("params/"), opened.get_tensor(name)
 
 
 def compare(start: Path, fp32: Path, other: Path) -> dict[str, float]:
