@@ -33,6 +33,7 @@ from torchft.modules.lora import (
     lora_layers,
     matches,
 )
+from torchft.modules.routing import ROUTERS
 from torchft.modules.sharding import compute_device, cut, gathered, local, place, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, grow_vocab, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
@@ -153,13 +154,14 @@ def save_adapter(
 
 
 def _as_saved(spec: LoraSpec, layers: dict[str, LoRALinear]) -> LoraSpec:
-    """What the file says: targets by their names, and no dropout where experts are adapted. peft refuses to load such an adapter
-    with dropout at all; it acts in training alone, so that the adapter computes the same without.
+    """What the file says: targets by their names, and no dropout where experts or routers are adapted. peft refuses to load
+    such an adapter with dropout at all; it acts in training alone, so that the adapter computes the same without.
     """
     if spec.target_modules == ("all-linear",):
         spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
     experts = any(isinstance(layer, LoRAExpertLinear) for layer in layers.values())
-    return replace(spec, dropout=0.0) if experts else spec
+    routers = any(name.rpartition(".")[2] in ROUTERS for name in layers)
+    return replace(spec, dropout=0.0) if experts or routers else spec
 
 
 def _quantization(layers: dict[str, LoRALinear]) -> str:
