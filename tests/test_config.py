@@ -147,6 +147,23 @@ def test_paths_must_exist_and_each_missing_one_is_named(tmp_path, monkeypatch):
     assert message.count("which does not exist") == 4 and message.startswith("5 problems")
 
 
+def test_a_run_cannot_start_from_what_it_would_move_aside(tmp_path, monkeypatch):
+    """Else it fails when it has been trained, and looks for the base's files to write the result."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/model", "out/adapter", "out/earlier_1/model"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text("{}")
+        (Path(folder) / "adapter_config.json").write_text("{}")
+    Path("a.jsonl").write_text("{}")
+    Path("link").symlink_to("out")
+    for given in ("model.path=out/model", "lora.adapter=out/adapter", "model.path=link/../out/model", "model.path=link/model"):
+        others = [] if "model.path" in given else ["model.path=builtin:tiny_llama"]
+        with pytest.raises(ConfigError, match=re.escape(given.split("=")[0]) + ".* the result of an earlier run in run.out"):
+            parse(Config, [given, *others, "data.train=a.jsonl"])
+        parse(Config, [given, *others, "data.train=a.jsonl", "run.out=other"])
+    parse(Config, ["model.path=out/earlier_1/model", "data.train=a.jsonl"])
+
+
 def test_paths_that_no_system_takes_are_problems_too(tmp_path):
     for path in (
         "a\0b.jsonl",

@@ -23,7 +23,7 @@ from torchft import chat
 from torchft.adapter import save_adapter
 from torchft.answers import answer_examples, exact_match
 from torchft.chat import load_model, main_generate
-from torchft.data.chat_template import load_template
+from torchft.data.chat_template import ChatTemplate, load_template
 from torchft.data.formats import Example
 from torchft.data.tokenize import render_prompt
 from torchft.data.tokenizer import load_tokenizer
@@ -217,6 +217,28 @@ def test_exact_match_counts_answers_that_are_the_expected_ones(folder, batch_siz
     assert exact_match(model, tokenizer, template, [], **options) == (0.0, [])
     with pytest.raises(UserError, match="file:7"):
         answer_examples(model, tokenizer, template, [Example(None, None, "text", "file:7")], **options)
+
+
+def test_an_expected_answer_holds_its_tool_calls_and_reasoning(folder, monkeypatch):
+    """Content alone is blank beside a call: a model that says nothing would be right, and one that calls would not."""
+    tokenizer = load_tokenizer(folder)
+    calls = "{% for call in message.tool_calls or [] %}<{{ call.function.name }}>{% endfor %}"
+    source = TEMPLATE.replace("{{ message.content }}", "{{ message.reasoning_content or '' }}{{ message.content }}" + calls)
+    template = ChatTemplate(source, tokenizer.named)
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    answers = {
+        "<find>": {"content": "", "tool_calls": [call]},
+        "So: <find><find>": {"content": "So: ", "tool_calls": [call, call]},
+        "Hm. Yes": {"content": "Yes", "reasoning_content": "Hm. "},
+        "": {"content": "", "tool_calls": [call]},
+    }
+    replies = iter([tokenizer.encode(text)[0] for text in answers])
+    monkeypatch.setattr(answers_module, "generate", lambda model, prompts, **options: [next(replies)])
+    turns = [[user("Hello"), {"role": "assistant"} | fields, user("more")] for fields in answers.values()]
+    examples = [Example(messages, None, None, "file:1") for messages in turns]
+    found = answer_examples(None, tokenizer, template, examples, batch_size=1, max_new_tokens=9)
+    assert [answer.expected for answer in found] == ["<find>", "So: <find><find>", "Hm. Yes", "<find>"]
+    assert [answer.right for answer in found] == [True, True, True, False]
 
 
 class Terminal(io.StringIO):

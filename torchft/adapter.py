@@ -22,7 +22,18 @@ from torchft.errors import UserError
 from torchft.export import export_directory, safetensors_bytes
 from torchft.modules import fp8, nf4
 from torchft.modules.eval_mode import eval_mode
-from torchft.modules.lora import LoRALinear, LoraReport, LoraSpec, adapters_off, add_lora, init_lora, lora_layers, matches
+from torchft.modules.lora import (
+    LoRAExpertLinear,
+    LoRALinear,
+    LoraReport,
+    LoraSpec,
+    adapters_off,
+    add_lora,
+    init_lora,
+    lora_layers,
+    matches,
+)
+from torchft.modules.routing import ROUTERS
 from torchft.modules.sharding import compute_device, cut, gathered, local, place, whole
 from torchft.modules.transformer import CausalLM
 from torchft.modules.vocab import PATHS, grow_vocab, init_new_rows, is_tied, resize_vocab, train_modules, trained_modules, untie
@@ -119,8 +130,7 @@ def save_adapter(
     """
     layers = lora_layers(model)
     assert layers, "save_adapter needs a model with adapters"
-    if spec.target_modules == ("all-linear",):
-        spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
+    spec = _as_saved(spec, layers)
     whole = trained_modules(model)
     parameters = target_parameters(layers, spec.target_modules)
     fields = peft_fields(spec, whole, base_path, tied=bool(whole) and is_tied(model), parameters=parameters)
@@ -141,6 +151,17 @@ def save_adapter(
         write_bytes(folder / CONFIG, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         if tokenizer is not None:
             save_text(folder, tokenizer, template, Path(base_path))
+
+
+def _as_saved(spec: LoraSpec, layers: dict[str, LoRALinear]) -> LoraSpec:
+    """What the file says: targets by their names, and no dropout where experts or routers are adapted. peft refuses to load
+    such an adapter with dropout at all; it acts in training alone, so that the adapter computes the same without.
+    """
+    if spec.target_modules == ("all-linear",):
+        spec = replace(spec, target_modules=tuple(sorted({name.rpartition(".")[2] for name in layers})))
+    experts = any(isinstance(layer, LoRAExpertLinear) for layer in layers.values())
+    routers = any(name.rpartition(".")[2] in ROUTERS for name in layers)
+    return replace(spec, dropout=0.0) if experts or routers else spec
 
 
 def _quantization(layers: dict[str, LoRALinear]) -> str:
@@ -325,7 +346,8 @@ def verify_adapter(model: CausalLM, spec: LoraSpec, path: str | Path) -> Adapter
 
 def _compare_config(file: Path, config: AdapterConfig, model: CausalLM, spec: LoraSpec) -> None:
     """The config says what was trained: the numbers, the modules, and exactly the adapted linears."""
-    whole, adapted = trained_modules(model), list(lora_layers(model))
+    layers, whole = lora_layers(model), trained_modules(model)
+    spec, adapted = _as_saved(spec, layers), list(layers)
     if replace(config.spec, target_modules=spec.target_modules) != spec or config.modules_to_save != whole:
         raise UserError(f"{file} says {config}, but {spec} was trained, with {whole or 'nothing'} whole")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]

@@ -2,16 +2,17 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from torchft.data.chat_template import ChatTemplate
 from torchft.data.dataset import Dataset
 from torchft.data.formats import Example, split_answer
-from torchft.data.tokenize import render_prompt
+from torchft.data.tokenize import render_prompt, tokenize_chat
 from torchft.data.tokenize import stop_ids as template_stop_ids
 from torchft.data.tokenizer import Tokenizer
+from torchft.data.wrapping import REASONING
 from torchft.generate import generate
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import rank
@@ -62,7 +63,7 @@ def answer_examples(
         options = {"max_new_tokens": max_new_tokens, "stop_ids": stops, "on_token": lambda row, token: bar.update(0)}
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
-            asked = [split_answer(example) for example in batch]  # (messages, expected)
+            asked = [_asked(example, tokenizer, template) for example in batch]
             prompts = [
                 render_prompt(messages, example.tools, tokenizer, template)
                 for example, (messages, _) in zip(batch, asked, strict=True)
@@ -73,6 +74,18 @@ def answer_examples(
                 question = messages[-1].get("content") if messages else ""
                 answers.append(Answer(str(question), tokenizer.decode(reply), expected))
     return answers
+
+
+def _asked(example: Example, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[dict[str, Any]], str]:
+    """(messages before the last answer, what the model is to write). With tool calls or reasoning that is what is trained of the
+    answer, as the template has it. Raises UserError for a plain text.
+    """
+    messages, text = split_answer(example)
+    answer = example.messages[len(messages)]
+    if not any(answer.get(name) for name in ("tool_calls", *REASONING)):
+        return messages, text
+    done = tokenize_chat([*messages, answer], example.tools, tokenizer, template, train_on="last")
+    return messages, tokenizer.decode([token for token, trained in zip(done.ids, done.trained, strict=True) if trained])
 
 
 def exact_match(

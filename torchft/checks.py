@@ -29,6 +29,7 @@ CHOICES = {
 KERNELS = ("lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding")  # lora: the folded products
 SWITCHES = (*KERNELS, "graph", "peers")  # of model.kernels; see torchft/fuse.py, step_graph.py and divided_blocks.py
 OFFLOADED = ("activations", "block_inputs", "embeddings", "weights")
+RESULTS = ("adapter", "model", "reward_model")  # in run.out, beside torchft/run_dir.py's other names
 # What an adapter that is trained further has decided already.
 LORA_DEFAULTS = {f"lora.{name}": value for name, value in vars(LoraOptions()).items() if name != "adapter"}
 SOURCE_FORMATS = ("auto", "instruct", "messages", "sharegpt", "text", "preference", "kto")
@@ -360,7 +361,8 @@ def check_paths(values: dict[str, Any]) -> Problems:
     if values.get("data.chat_template", "").endswith(".jinja"):
         wanted.append(("data.chat_template", values["data.chat_template"], ""))
     problems = [(key, problem) for key, text, inside in wanted if text and (problem := _path_problem(key, text, inside))]
-    return problems + _check_out(values.get("run.out", ""))
+    problems += _check_out(values.get("run.out", ""))
+    return problems or _check_own_results(values)  # of paths that are there
 
 
 def _check_out(text: str) -> Problems:
@@ -374,6 +376,17 @@ def _check_out(text: str) -> Problems:
     if files[0] == Path(text):
         return [("run.out", f"is {show(text)}, which is a file; name a directory")]
     return [("run.out", f"is {show(text)}, below the file {files[0]}; name another directory")]
+
+
+def _check_own_results(values: dict[str, Any]) -> Problems:
+    """What a run starts from may not lie where it writes its result: an earlier one is moved aside before the first step."""
+    results = [(Path(values["run.out"]) / name).resolve() for name in RESULTS] if "run.out" in values else []
+    named = {key: values[key] for key in ("model.path", "lora.adapter", "data.chat_template") if values.get(key)}
+    return [
+        (key, f"is {show(text)}, the result of an earlier run in run.out, which this one would move aside: choose another run.out")
+        for key, text in named.items()
+        if any(resolve_path(text).resolve().is_relative_to(result) for result in results)
+    ]
 
 
 def _path_problem(key: str, text: str, inside: str) -> str:

@@ -41,7 +41,7 @@ def peft_fields(
     """The content of adapter_config.json.
 
     tied: the modules are two names of one weight, which PEFT shall keep so. parameters: those of the spec's targets that are
-    parameters to PEFT, with its name for them (gpt-oss's experts).
+    parameters to PEFT, with its name for them (gpt-oss's experts and router).
     """
     parameters = parameters or {}
     assert spec.target_modules != ("all-linear",), "written out by name: PEFT's own rule for it may change"
@@ -160,7 +160,8 @@ class _Fields:
     def targets(self) -> tuple[str, ...]:
         if self.left.get("target_modules") == "all-linear":
             return (self.left.pop("target_modules"),)
-        targets = self.names("target_modules") + self.names("target_parameters")
+        parameters = [name.removesuffix(".weight") for name in self.names("target_parameters")]  # of linears
+        targets = self.names("target_modules") + parameters
         if not targets:
             raise self.error("target_modules", targets, 'it must name linears, or be "all-linear"')
         return tuple(targets)

@@ -109,11 +109,25 @@ def _whole_stack(name: str, shape: tuple[int, ...], num_experts: int, model: nn.
 
 
 def target_parameters(layers: dict[str, LoRALinear], targets: tuple[str, ...]) -> dict[str, str]:
-    """The targets that mean stacks which are one tensor in files, and peft's name for each: it adapts them as parameters."""
-    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExpertLinear) and layer.stacked]
-    meant = {target: next((name for name in stacks if matches(name, (target,))), "") for target in targets}
-    return {
-        target: target if "." in target else ".".join(name.split(".")[-3:])  # mlp.experts.down_proj
-        for target, name in meant.items()
-        if name
-    }
+    """The targets that peft adapts as parameters, and its name for each: gpt-oss's stacks, one tensor in files, and routers.
+
+    Other mixtures' targets it renames by itself.
+    """
+    names = [name for name, layer in layers.items() if _is_stack(layer) or _is_router(name)]
+    meant = {target: next((name for name in names if matches(name, (target,))), "") for target in targets}
+    return {target: _peft_parameter(target, name) for target, name in meant.items() if name}
+
+
+def _is_stack(layer: LoRALinear) -> bool:
+    return isinstance(layer, LoRAExpertLinear) and layer.stacked
+
+
+def _is_router(name: str) -> bool:
+    """Whether it is gpt-oss's, which is no linear in transformers."""
+    return name.endswith(".mlp.router")
+
+
+def _peft_parameter(target: str, name: str) -> str:
+    """mlp.experts.down_proj, mlp.router.weight; a target that says where keeps that."""
+    short = target if "." in target else ".".join(name.split(".")[3:])  # behind model.layers.0
+    return f"{short}.weight" if _is_router(name) else short

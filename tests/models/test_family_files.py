@@ -1,6 +1,8 @@
 """Every family through its files: base in and out, adapters in peft, merged models in transformers, NF4, recomputing, answers."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from small_models import (
     qwen3_moe,
     smollm3,
 )
-from tiny_models import load_base, load_with_adapter, make_adapter, on_meta, sample_ids, train_a_little
+from tiny_models import load_base, load_saved_adapter, load_with_adapter, make_adapter, on_meta, sample_ids, train_a_little
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from torchft.adapter import save_adapter, verify_adapter
 from torchft.export import save_safetensors
 from torchft.generate import generate
 from torchft.hf_checkpoint import SINGLE
@@ -38,6 +41,7 @@ from torchft.models import build_model
 from torchft.modules.checkpointing import apply_activation_checkpointing
 from torchft.modules.lora import LoraSpec, adapters_off, add_lora, init_lora, trainable_parameters
 from torchft.modules.nf4 import NF4Tensor, dequantize, quantize_nf4
+from torchft.peft_config import read_adapter
 from torchft.stored import pieces
 from torchft.weights import load_weights, random_weights
 
@@ -126,6 +130,33 @@ def test_the_adapter_loads_in_peft_and_merges(base, tmp_path):
     assert_same_logits(in_transformers(tmp_path / "merged"), live)
     with adapters_off(ours):
         assert_same_logits(ours, load_base(base))
+
+
+@pytest.mark.parametrize("base", ["gpt-oss", "mixtral", "qwen3-moe"], indirect=True)
+def test_an_adapter_of_experts_trained_with_dropout_loads_in_peft(base, tmp_path):
+    """peft refuses the field beside experts; without it the adapter computes the same."""
+    spec = replace(SPEC, dropout=0.1)
+    ours = load_with_adapter(base, spec)
+    save_adapter(ours, spec, tmp_path / "adapter", base_path=str(base))
+    assert read_adapter(tmp_path / "adapter").spec.dropout == 0
+    assert_same_logits(ours, PeftModel.from_pretrained(in_transformers(base), tmp_path / "adapter").eval())
+    assert verify_adapter(ours, spec, tmp_path / "adapter").max_difference == 0
+
+
+@pytest.mark.parametrize("base, router", [("gpt-oss", "router"), ("mixtral", "gate"), ("qwen3-moe", "gate")], indirect=["base"])
+@pytest.mark.parametrize("where", ["", "layers.1.mlp."])
+def test_an_adapter_of_a_router_loads_in_peft_and_here(base, router, where, tmp_path):
+    """No linear in transformers; with dropout, with which peft refuses it too."""
+    router = f"{where.replace('mlp', 'block_sparse_moe') if base.parent.name.startswith('mixtral') else where}{router}"
+    spec = replace(SPEC, dropout=0.1, target_modules=("q_proj", router))
+    ours = load_with_adapter(base, spec)
+    save_adapter(ours, spec, tmp_path / "adapter", base_path=str(base))
+    fields = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    wanted = f"{where or 'mlp.'}router.weight"
+    assert fields.get("target_parameters") == ([wanted] if router.endswith("router") else None)
+    verify_adapter(ours, spec, tmp_path / "adapter")
+    assert_same_logits(load_saved_adapter(base, tmp_path / "adapter"), ours)
+    assert_same_logits(ours, PeftModel.from_pretrained(in_transformers(base), tmp_path / "adapter").eval())
 
 
 def test_nf4_is_the_model_of_its_decoded_weights(base):

@@ -100,6 +100,16 @@ def test_the_baseline_pairs_each_prompt_with_the_answer_before() -> None:
         mismatched(data.select(np.array([0])), np.array([0]), 64)
 
 
+def test_the_baseline_pairs_no_prompt_with_another_answer_to_it() -> None:
+    """As the two answers of a pair, which stand side by side in the data, and so in validation."""
+    data = dataset([("p0", "a"), ("p0", "b b"), ("p1", "c"), ("p1", "d d"), ("p1", "e")])
+    for samples, others in {(0, 1, 2, 3, 4): (4, 4, 1, 1, 1), (1, 3, 2): (2, 1, 1), (1,): (2,), (3, 4): (0, 0)}.items():
+        answers = [answer for _, answer in read(mismatched(data, np.array(samples), 64))]
+        assert answers == [read(data)[other][1] for other in others], samples
+    one = data.select(np.array([2, 3, 4]))  # of one prompt: of another sample then
+    assert [answer for _, answer in read(mismatched(one, np.array([0, 1]), 64))] == [read(one)[other][1] for other in (1, 0)]
+
+
 def test_the_baseline_takes_no_gradient_and_is_never_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = iter([torch.tensor([-3.0, 1.0]), torch.tensor([4.0, 1.0])])
     monkeypatch.setattr(recipe, "log_ratios", lambda model, batch: next(ratios).requires_grad_() * 1)

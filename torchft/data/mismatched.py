@@ -2,8 +2,9 @@
 
     rows = mismatched(dataset, loader.step_samples(index), cfg.data.max_seq_len)    # a Dataset, for eval_batches
 
-The answers are those of the step, moved on by one (section 4.2 of Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306); it
-depends on the step alone, and not on how it is dealt out over micro-batches and processes.
+The answers are those of the step, moved on by one (section 4.2 of Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306), or
+by more, past answers to the same prompt, as the two of a pair are. It depends on the step alone, and not on how it is dealt out
+over micro-batches and processes.
 """
 
 from dataclasses import replace
@@ -15,16 +16,14 @@ from torchft.errors import UserError
 
 
 def mismatched(dataset: Dataset, samples: np.ndarray, max_seq_len: int) -> Dataset:
-    """One sample for each of `samples` (n,): its prompt, and the answer of the one before it, the last one for the first.
+    """One sample for each of `samples` (n,): its prompt, and an answer to another one (`_other_answers`), cut at max_seq_len.
 
-    An answer is cut at max_seq_len. One that would meet its own prompt, because a step has one sample or has it twice, is
-    replaced by the answer of the sample that follows in the data. Raises: UserError if there is no other.
+    Raises: UserError if there is no other sample.
     """
     if len(dataset) < 2:
         raise UserError(f"{dataset.key}: KTO needs two rows or more, to pair a prompt with the answer to another one")
     ids, supervised = [], []
-    for sample, other in zip(samples, np.roll(samples, 1), strict=True):
-        other = (sample + 1) % len(dataset) if other == sample else other
+    for sample, other in zip(samples, _other_answers(dataset, samples), strict=True):
         mine, theirs = _span(dataset, sample), _span(dataset, other)
         start, answer = _answer_start(dataset, mine), _answer_start(dataset, theirs)
         row = np.concatenate([dataset.ids[mine][:start], dataset.ids[theirs][answer:]])[:max_seq_len]
@@ -37,6 +36,32 @@ def mismatched(dataset: Dataset, samples: np.ndarray, max_seq_len: int) -> Datas
     flat = {"ids": np.concatenate(ids), "supervised": np.concatenate(supervised)}
     kept = {name: getattr(dataset, name)[samples] for name in ("source", "row", "desirable")}
     return replace(dataset, **flat, **kept, lengths=lengths, starts=np.cumsum(lengths) - lengths)
+
+
+def _other_answers(dataset: Dataset, samples: np.ndarray) -> list[int]:
+    """Whose answer each sample's prompt gets: of the samples before it (before the first is the last) the nearest with another
+    prompt.
+    """
+    prompts, count = [_prompt(dataset, sample) for sample in samples], len(samples)
+    if len(set(prompts)) == 1:
+        return _beyond_the_step(dataset, samples, prompts[0])
+    return [next(samples[i - k] for k in range(1, count) if prompts[i - k] != prompts[i]) for i in range(count)]
+
+
+def _beyond_the_step(dataset: Dataset, samples: np.ndarray, prompt: bytes) -> list[int]:
+    """The same in a step of one prompt: the next with another one in the data; where all have that one, another sample."""
+    following = ((samples[0] + k) % len(dataset) for k in range(1, len(dataset)))
+    other = next((sample for sample in following if _prompt(dataset, sample) != prompt), None)
+    if other is not None:
+        return [other] * len(samples)
+    before = zip(samples, np.roll(samples, 1), strict=True)
+    return [(sample + 1) % len(dataset) if sample == last else last for sample, last in before]
+
+
+def _prompt(dataset: Dataset, sample: int) -> bytes:
+    """The tokens before a sample's first target, to compare."""
+    span = _span(dataset, sample)
+    return dataset.ids[span][: _answer_start(dataset, span)].tobytes()
 
 
 def _span(dataset: Dataset, sample: int) -> slice:
