@@ -32,7 +32,7 @@ data.train[0]  0t.jsonl
                 0t.jsonl:8
                 0t.jsonl:9
                 and 2 more
-  note        1 x cut at data.max_seq_len
+  note        1 x cut at data.max_seq_len, first in 0t.jsonl:12
   not read    columns extra
   tokens      42 in 5 examples, 27 trained (64.3%)
   length      5 to 16 tokens, median 7, 90% up to 16, 99% up to 16

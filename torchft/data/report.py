@@ -13,7 +13,8 @@ from typing import TextIO
 import numpy as np
 
 from torchft.checks import counted
-from torchft.data.dataset import FIRST, Dataset, SourceReport
+from torchft.data.account import FIRST, SourceReport
+from torchft.data.dataset import Dataset
 from torchft.data.loader import Loader
 from torchft.data.tokenizer import Tokenizer
 
@@ -56,7 +57,8 @@ def _source_lines(source: SourceReport) -> list[str]:
         lines.append(f"  dropped     {count:,} {reason}")
         lines += [f"                {place}" for place in source.places[reason]]
         lines += [f"                and {count - FIRST:,} more"] * (count > FIRST)
-    lines += [f"  note        {count:,} x {note}" for note, count in source.notes.most_common()]
+    for note, count in source.notes.most_common():
+        lines.append(f"  note        {count:,} x {note}, first in {source.noted[note]}")
     if source.layout.unused:
         lines.append(f"  not read    columns {', '.join(source.layout.unused)}")
     return lines

@@ -1,0 +1,97 @@
+"""The account of a source: every row of it is used, perhaps with notes, or dropped under a reason, which counts it once."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchft.config import DataConfig
+from torchft.data.layout import Layout
+from torchft.data.rows import BadRow
+from torchft.errors import UserError
+
+REFUSED = "the chat template refuses it"
+LOST_CALL = "the chat template leaves out a tool call"
+FIRST = 5  # places named per reason
+
+
+@dataclass
+class SourceReport:
+    """What became of the rows of one source."""
+
+    name: str  # the path in the config
+    layout: Layout
+    read: int = 0  # rows
+    used: int = 0  # rows with at least one sample
+    reasons: Counter[str] = field(default_factory=Counter)  # rows dropped: reason -> how many
+    places: dict[str, list[str]] = field(default_factory=dict)  # reason -> "file:line: detail" of the first few
+    notes: Counter[str] = field(default_factory=Counter)  # what happened to rows that are used
+    noted: dict[str, str] = field(default_factory=dict)  # note -> file:line of the first row that it is of
+    longest_dropped: int = 0  # tokens of the longest row that was dropped for its length; 0 = none was counted
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return vars(self) | {"layout": vars(self.layout)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "SourceReport":
+        """The report that `to_json` took apart."""
+        counts = {name: Counter(values[name]) for name in ("reasons", "notes")}
+        return cls(**values | counts | {"layout": Layout(**values["layout"])})
+
+    def use(self, where: str, notes: Counter[str]) -> None:
+        """Count a row as used."""
+        self.used += 1
+        self.notes.update(notes)
+        for note in notes:
+            self.noted.setdefault(note, where)
+
+    def drop(self, where: str, error: BadRow) -> None:
+        """Count a row as dropped."""
+        self.reasons[error.reason] += 1
+        self.longest_dropped = max(self.longest_dropped, error.num_tokens)
+        places = self.places.setdefault(error.reason, [])
+        if len(places) < FIRST:
+            places.append(f"{where}: {error.detail}" if error.detail else where)
+
+
+def refuse_too_many(report: SourceReport, data_cfg: DataConfig, here: str) -> None:
+    """Raises UserError for a source that loses more rows than data.max_bad_rows, or all. `here`: its config key."""
+    bad = report.read - report.used
+    assert bad == report.reasons.total(), (bad, report.reasons)
+    if report.used and bad <= data_cfg.max_bad_rows * report.read:
+        return
+    lines = [
+        f"  {count:,} {reason}: {'; '.join(report.places[reason])}{' ...' if count > FIRST else ''}"
+        for reason, count in report.reasons.most_common()
+    ]
+    raise UserError(
+        "\n".join(
+            [
+                f"{here}: {bad:,} of {report.read:,} rows of {report.name} cannot be used "
+                f"({100 * bad / report.read:.1f}%, data.max_bad_rows allows {100 * data_cfg.max_bad_rows:g}%"
+                f"{'' if report.used else '; none is left'}):",
+                *lines,
+                *_template_advice(report),
+                *_length_advice(report, data_cfg),
+                "mend the rows, or change the options named, or raise data.max_bad_rows to drop them",
+            ]
+        )
+    )
+
+
+def _template_advice(report: SourceReport) -> list[str]:
+    """A line on what to do about rows that the template cannot represent, if there are any."""
+    if not {REFUSED, LOST_CALL} & set(report.reasons):
+        return []
+    return ["choose a template that can write such rows with data.chat_template: the model's own (leave it empty), or a .jinja file"]
+
+
+def _length_advice(report: SourceReport, data_cfg: DataConfig) -> list[str]:
+    """A line on what to do about rows that are too long, if there are any."""
+    if not any("data.max_seq_len=" in reason for reason in report.reasons):
+        return []
+    known = (
+        f"the longest row that was tokenised has {report.longest_dropped:,} tokens: " if report.longest_dropped else ""
+    )
+    cut = ", or cut long rows with data.truncation=right" if data_cfg.truncation == "drop" else ""
+    return [f"{known}raise data.max_seq_len{cut}"]
