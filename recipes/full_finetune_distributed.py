@@ -27,6 +27,7 @@ from torchft.config import DataConfig, ModelConfig, OptimConfig, RunConfig, reso
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import build_datasets
 from torchft.data.loader import Batch, Loader, eval_batches
+from torchft.data.report import summary
 from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import (
@@ -134,7 +135,7 @@ def main(cfg: Config) -> None:
     check_ids(model.config, tokenizer, train, valid)
     warn_of_misfits(model, train, tokenizer, cfg.data.max_seq_len, log.print)
     loader = Loader(train, cfg.data, run, rank(), world_size())
-    log.print(loader.summary())
+    log.print(summary(loader, valid))
     rows_at_once = max(1, 16_384 // (cfg.data.max_seq_len + run.max_new_tokens))  # bounds the KV cache
     answering = {"batch_size": rows_at_once, "max_new_tokens": run.max_new_tokens}
     samples, scored = (first_conversations(valid, template, n) for n in (run.sample_rows, run.exact_match_rows))

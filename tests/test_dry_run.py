@@ -285,6 +285,24 @@ def test_data_names_a_bad_row_by_file_and_line(workplace, capsys):
     assert "train.jsonl:3" in capsys.readouterr().err
 
 
+def test_validate_says_what_is_dropped_cut_or_noted_in_training_and_validation_data(workplace, capsys):
+    for part in ("train", "valid"):
+        lines = Path(f"{part}.jsonl").read_text().splitlines()
+        Path(f"{part}.jsonl").write_text("\n".join([*lines[:2], '{"messages": []}', *lines[2:]]))
+    cli.main(["validate", "c.yaml", "data.max_bad_rows=0.1", "data.max_seq_len=104", "data.truncation=right"])
+    out = capsys.readouterr().out
+    for part in ("train", "valid"):
+        dropped = f'data.{part}[0]: 1 of {FIRST_ROWS + 1} rows dropped (data.max_bad_rows); first {part}.jsonl:3: empty "messages"'
+        assert f"\n        {dropped}\n" in out
+    assert re.search(r"\n        data\.train\[0\]: \d+ x cut at data\.max_seq_len, first in train\.jsonl:\d+\n", out)
+
+
+def test_every_recipe_says_it_too():
+    for path in RECIPES.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert ("log.print(summary(loader, valid))" in text) == ("build_datasets(" in text), path
+
+
 def test_the_groups_are_those_of_the_recipes():
     """Options stands for the Config of every shipped recipe: its fields are in each of them."""
     names = {field.name for field in fields(dry_run.Options)}

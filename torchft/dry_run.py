@@ -212,10 +212,12 @@ def check_data(
     cfg: WholeOptions, kind: str, tokenizer: "Tokenizer", template: "ChatTemplate | None"
 ) -> tuple["Dataset", "Dataset | None"]:
     """Tokenises all data and prints what the run would read. Returns (training data, validation data)."""
+    from torchft.data.report import summary
+
     loader, valid = load_data(cfg, kind, tokenizer, template)
     held_out = 0 if valid is None else len(valid)
     print(f"data    ok: {counted(len(loader.dataset), 'example')}, {held_out:,} held out")
-    print(textwrap.indent(loader.summary(), INDENT), flush=True)
+    print(textwrap.indent(summary(loader, valid), INDENT), flush=True)
     return loader.dataset, valid
 
 

@@ -8,7 +8,7 @@ from byte_tokenizer import row
 
 from torchft.config import DataConfig, RunConfig
 from torchft.data.loader import Loader
-from torchft.data.report import render_example, report, wants_color
+from torchft.data.report import render_example, report, summary, wants_color
 
 
 def test_the_report_accounts_for_every_row_and_token(build, tmp_path):
@@ -86,3 +86,24 @@ def test_colour_is_for_terminals_without_no_color(monkeypatch):
     assert wants_color(Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not wants_color(Terminal())
+
+
+def test_a_run_is_told_of_rows_dropped_cut_and_noted_with_the_first_place(build, tmp_path):
+    rows = [row("q", "a"), row("q", None), row("q", "x" * 40), row("q", "x" * 41), {"question": 5, "answer": "a"}, row("q", None)]
+    cfg = DataConfig(max_seq_len=16)
+    options = {"max_seq_len": 16, "max_bad_rows": 0.7, "truncation": "right"}
+    train = build(rows, [row("q", "a")], **options)
+    loader = Loader(train, cfg, RunConfig(global_batch_size=2, micro_batch_size=2))
+    told = [
+        'data.train[0]: 3 of 6 rows dropped (data.max_bad_rows); first 0t.jsonl:2: null "answer"',
+        "data.train[0]: 2 x cut at data.max_seq_len, first in 0t.jsonl:3",
+    ]
+    rest = summary(loader, None).replace(f"{tmp_path}/", "").removeprefix(loader.summary())
+    assert rest.splitlines()[1:] == told
+    held_out = train.select(np.array([0]))  # of the same rows, which are told of once
+    assert summary(loader, held_out) == summary(loader, None)
+    valid = build(rows, key="data.valid", **options)
+    told += [line.replace("train", "valid") for line in told]
+    assert summary(loader, valid).replace(f"{tmp_path}/", "").splitlines()[3:] == told
+    clean = Loader(build([row("q", "a")]), cfg, RunConfig())
+    assert summary(clean, None) == clean.summary()

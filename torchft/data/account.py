@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchft.checks import counted
 from torchft.config import DataConfig
 from torchft.data.layout import Layout
 from torchft.data.rows import BadRow
@@ -52,6 +53,15 @@ class SourceReport:
         places = self.places.setdefault(error.reason, [])
         if len(places) < FIRST:
             places.append(f"{where}: {error.detail}" if error.detail else where)
+
+
+def brief(report: SourceReport, here: str) -> list[str]:
+    """A line on the rows dropped and one on each note, for a run; none where there is nothing to say. `here`: as below."""
+    lines = [f"{here}: {count:,} x {note}, first in {report.noted[note]}" for note, count in report.notes.most_common()]
+    if bad := report.read - report.used:
+        reason, places = next(iter(report.places.items()))  # in the order of the rows
+        lines.insert(0, f"{here}: {bad:,} of {counted(report.read, 'row')} dropped (data.max_bad_rows); first {places[0]}: {reason}")
+    return lines
 
 
 def refuse_too_many(report: SourceReport, data_cfg: DataConfig, here: str) -> None:

@@ -1,6 +1,6 @@
 """What became of the data, in words and in colour: behind `tune data CONFIG`.
 
-    print(report(dataset, loader))
+    print(report(dataset, loader))          # all of it; a run prints its summary(loader, valid)
     print(render_example(dataset, 0, tokenizer, color=wants_color(sys.stdout)))
 
 The report accounts for every row read, with file and line of what was dropped. An example is shown as the model sees
@@ -13,7 +13,7 @@ from typing import TextIO
 import numpy as np
 
 from torchft.checks import counted
-from torchft.data.account import FIRST, SourceReport
+from torchft.data.account import FIRST, SourceReport, brief
 from torchft.data.dataset import Dataset
 from torchft.data.loader import Loader
 from torchft.data.tokenizer import Tokenizer
@@ -43,6 +43,21 @@ def report(dataset: Dataset, loader: Loader | None = None) -> str:
     if loader is not None:
         lines += loader.summary().splitlines()
     return "\n".join(lines)
+
+
+def summary(loader: Loader, valid: Dataset | None) -> str:
+    """What a run says of its data: what the loader planned, and a line each on rows dropped, rows cut and other notes.
+
+    valid: validation data. Held-out rows of the training data were read, and are told of, with it.
+    """
+    datasets = [loader.dataset, *([valid] if valid is not None and valid.key != loader.dataset.key else [])]
+    lines = [
+        line
+        for dataset in datasets
+        for number, source in enumerate(dataset.reports)
+        for line in brief(source, f"{dataset.key}[{number}]")
+    ]
+    return "\n".join([loader.summary(), *lines])
 
 
 def _source_lines(source: SourceReport) -> list[str]:
