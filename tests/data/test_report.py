@@ -1,12 +1,15 @@
 """The account that `tune data` prints, and examples with what is trained marked."""
 
 import io
+import json
 import re
 
 import numpy as np
+import pytest
 from byte_tokenizer import row
 
-from torchft.config import DataConfig, RunConfig
+from torchft.config import DataConfig, RunConfig, SourceConfig
+from torchft.data.dataset import build_dataset
 from torchft.data.loader import Loader
 from torchft.data.report import render_example, report, summary, wants_color
 
@@ -107,3 +110,25 @@ def test_a_run_is_told_of_rows_dropped_cut_and_noted_with_the_first_place(build,
     assert summary(loader, valid).replace(f"{tmp_path}/", "").splitlines()[3:] == told
     clean = Loader(build([row("q", "a")]), cfg, RunConfig())
     assert summary(clean, None) == clean.summary()
+
+
+def verdicts(tmp_path, byte_model, labels):
+    rows = [{"prompt": f"q{i}", "completion": "a", "label": label} for i, label in enumerate(labels)]
+    (tmp_path / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = DataConfig(train=[SourceConfig(path=str(tmp_path / "k.jsonl"))], max_seq_len=64)
+    return build_dataset(cfg.train, cfg, *byte_model, kind="verdicts", use_cache=False)
+
+
+def test_verdicts_are_shown_beside_examples_and_counted(byte_model, tmp_path):
+    dataset = verdicts(tmp_path, byte_model, [True, False, False])
+    shown = [render_example(dataset, index, byte_model[0], color=False).splitlines()[0] for index in range(3)]
+    assert [line.rsplit("; ", 1)[1] for line in shown] == ["a good answer ---", "a bad answer ---", "a bad answer ---"]
+    assert "  verdicts    1 good, 2 bad\n" in report(dataset) and "WARNING" not in report(dataset, Loader(dataset, DataConfig(), RunConfig()))
+
+
+@pytest.mark.parametrize(("label", "word"), [(True, "good"), (False, "bad")])
+def test_verdicts_of_one_kind_are_told(label, word, byte_model, tmp_path):
+    dataset = verdicts(tmp_path, byte_model, [label] * 3)
+    said = f"WARNING: data.train: all 3 answers are {word} ones, and KTO learns from good and bad ones: look at the labels"
+    loader = Loader(dataset, DataConfig(), RunConfig())
+    assert said in report(dataset, loader).splitlines() and said in summary(loader, None).splitlines()

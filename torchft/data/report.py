@@ -35,13 +35,16 @@ def report(dataset: Dataset, loader: Loader | None = None) -> str:
         weight = dataset.weights[number]
         if weight != 1:
             lines.append(f"  weight      {weight:g}: a row is used {weight:g} times per epoch on average")
+        if dataset.desirable is not None:
+            good = int(dataset.desirable[mine].sum())
+            lines.append(f"  verdicts    {good:,} good, {int(mine.sum()) - good:,} bad")
         lines += _token_lines(dataset.lengths[mine], dataset.num_supervised[mine])
     if len(dataset.reports) > 1:
         lines += ["all together", *_token_lines(dataset.lengths, dataset.num_supervised)]
     if dataset.cache_note:
         lines.append(f"tokens read {dataset.cache_note}")
     if loader is not None:
-        lines += loader.summary().splitlines()
+        lines += [*loader.summary().splitlines(), *_one_sided(dataset)]
     return "\n".join(lines)
 
 
@@ -57,7 +60,16 @@ def summary(loader: Loader, valid: Dataset | None) -> str:
         for number, source in enumerate(dataset.reports)
         for line in brief(source, f"{dataset.key}[{number}]")
     ]
-    return "\n".join([loader.summary(), *lines])
+    return "\n".join([loader.summary(), *lines, *_one_sided(loader.dataset)])
+
+
+def _one_sided(dataset: Dataset) -> list[str]:
+    """A warning where all verdicts are the same."""
+    if dataset.desirable is None or dataset.desirable.any() != dataset.desirable.all():
+        return []
+    which = "good" if dataset.desirable.all() else "bad"
+    said = f"all {counted(len(dataset), 'answer')} are {which} ones, and KTO learns from good and bad ones: look at the labels"
+    return [f"WARNING: {dataset.key}: {said}"]
 
 
 def _source_lines(source: SourceReport) -> list[str]:
@@ -97,7 +109,8 @@ def render_example(dataset: Dataset, index: int, tokenizer: Tokenizer, *, color:
     # a token is trained if the position before it is supervised; the first token never is
     trained = [False, *dataset.supervised[start : start + length - 1].tolist()]
     layout = "" if dataset.parts is None else "; the prompt, its end twice: before chosen and before rejected"
-    header = f"--- {dataset.example(index).where}: {counted(length, 'token')}, {sum(trained):,} trained{layout} ---"
+    verdict = "" if dataset.desirable is None else f"; a {'good' if dataset.desirable[index] else 'bad'} answer"
+    header = f"--- {dataset.example(index).where}: {counted(length, 'token')}, {sum(trained):,} trained{layout}{verdict} ---"
     control = set(tokenizer.special_tokens.values())
     kinds = [(on, color and token in control) for token, on in zip(ids, trained, strict=True)]
     borders = [0, *(i for i in range(1, length) if kinds[i] != kinds[i - 1]), length]
