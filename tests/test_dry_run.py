@@ -62,6 +62,20 @@ def test_validate_warns_of_rows_longer_than_the_model_has_seen(workplace, capsys
     assert f"\n        {warning}\n" in capsys.readouterr().out
 
 
+def test_data_warns_of_them_too_and_shows_data_for_a_model_that_is_not_known(workplace, capsys):
+    limit = model_config(read_config("model")).max_position_embeddings
+    cli.main(["data", "c.yaml", f"data.max_seq_len={limit}", "--examples", "0"])
+    assert "WARNING" not in capsys.readouterr().out
+    cli.main(["data", "c.yaml", f"data.max_seq_len={limit + 1}", "--examples", "0"])
+    warning = f"\nWARNING: data.max_seq_len={limit + 1} is beyond the {limit} positions that the model was trained on\n"
+    assert warning in capsys.readouterr().out
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"architectures": ["OtherForCausalLM"]}))
+    cli.main(["data", "c.yaml", "--examples", "0"])
+    out = capsys.readouterr().out
+    assert f"{FIRST_ROWS} used" in out and "\nnot checked: whether data.max_seq_len=" in out and "'OtherForCausalLM' is not supported" in out
+
+
 def test_validate_of_a_model_trained_whole(workplace, capsys):
     """By the end of the config's name, or by --recipe; adapters are not among its options."""
     Path("my_full.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl, valid: valid.jsonl}\n")
