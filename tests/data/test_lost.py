@@ -101,7 +101,7 @@ def test_rows_that_lose_a_call_are_refused_by_line_and_dropped_within_the_policy
     assert dataset.reports[0].places == {"the chat template leaves out a tool call": [f"{tmp_path}/t.jsonl:2: message 1, call of find"]}
     assert f"  note        2 x the chat template does not write the tools, first in {tmp_path}/t.jsonl:1\n" in report(dataset)
     cfg.max_bad_rows = 0.0
-    with pytest.raises(UserError, match=r"leaves out a tool call(?s:.*)t.jsonl:2(?s:.*)data\.chat_template: the model's own"):
+    with pytest.raises(UserError, match=r"^data.train\[0\]: 1 of 4 rows .*: choose .*with data\.chat_template .*own.*\n.*t.jsonl:2\n  1 .*call: line 2: message 1"):
         build_dataset(cfg.train, cfg, byte_model[0], template, use_cache=False)
     dataset = build_dataset(cfg.train, cfg, *byte_model, use_cache=False)  # its own template writes calls
     assert dataset.reports[0].used == 4 and dataset.reports[0].notes == {"the chat template does not write the tools": 2}
@@ -120,5 +120,5 @@ def test_pairs_and_verdicts_that_lose_a_call_are_bad_rows_too(byte_model, tmp_pa
 def test_a_row_that_the_template_refuses_is_answered_with_the_option(byte_model, tmp_path):
     refusing = PLAIN.replace("{{ m.content", "{% if m.role == 'tool' %}{{ raise_exception('knows no tool') }}{% endif %}{{ m.content")
     cfg = write_rows(tmp_path / "t.jsonl", {"messages": [ASK, say("One"), {"role": "tool", "content": "12"}]})
-    with pytest.raises(UserError, match=r"knows no tool(?s:.*)with data\.chat_template: "):
+    with pytest.raises(UserError, match=r"^.*: choose a template .*with data\.chat_template (?s:.*)knows no tool"):
         build_dataset(cfg.train, cfg, byte_model[0], type(byte_model[1])(refusing, byte_model[1].special), use_cache=False)

@@ -1,5 +1,6 @@
 """The account of a source: every row of it is used, perhaps with notes, or dropped under a reason, which counts it once."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,10 @@ from torchft.errors import UserError
 
 REFUSED = "the chat template refuses it"
 LOST_CALL = "the chat template leaves out a tool call"
+LINES = (".json", ".jsonl", ".csv", ".txt")  # files whose rows are counted in lines
 FIRST = 5  # places named per reason
+# Behind the file's name in a place: its number in the file, and what is said of the row. A hub dataset has [split] before it.
+_AT = re.compile(r"(?:\[[^\]]*\])?:(\d+)(?:: (.*))?", re.DOTALL)
 
 
 @dataclass
@@ -70,38 +74,46 @@ def refuse_too_many(report: SourceReport, data_cfg: DataConfig, here: str) -> No
     assert bad == report.reasons.total(), (bad, report.reasons)
     if report.used and bad <= data_cfg.max_bad_rows * report.read:
         return
+    share = f"{100 * bad / report.read:.1f}%, data.max_bad_rows allows {100 * data_cfg.max_bad_rows:g}%"
+    advice = [*_template_advice(report), *_length_advice(report, data_cfg), "mend the rows"]
+    advice += ["raise data.max_bad_rows to drop them"] * bool(report.used)
     lines = [
-        f"  {count:,} {reason}: {'; '.join(report.places[reason])}{' ...' if count > FIRST else ''}"
-        for reason, count in report.reasons.most_common()
+        f"{here}: {bad:,} of {counted(report.read, 'row')} cannot be used ({share}{'' if report.used else '; none is left'}): "
+        f"{', or '.join(advice)}",
+        f"the first is {_first_place(report)}",
     ]
-    raise UserError(
-        "\n".join(
-            [
-                f"{here}: {bad:,} of {report.read:,} rows of {report.name} cannot be used "
-                f"({100 * bad / report.read:.1f}%, data.max_bad_rows allows {100 * data_cfg.max_bad_rows:g}%"
-                f"{'' if report.used else '; none is left'}):",
-                *lines,
-                *_template_advice(report),
-                *_length_advice(report, data_cfg),
-                "mend the rows, or change the options named, or raise data.max_bad_rows to drop them",
-            ]
-        )
-    )
+    lines += [f"  {count:,} {reason}: {_places(report, reason)}" for reason, count in report.reasons.most_common()]
+    raise UserError("\n".join(lines))
+
+
+def _first_place(report: SourceReport) -> str:
+    """file:line of the first row that was dropped."""
+    place = next(iter(report.places.values()))[0]  # reasons are in the order of the rows
+    return place[: _AT.match(place, len(report.name)).end(1)]
+
+
+def _places(report: SourceReport, reason: str) -> str:
+    """The first rows dropped under a reason by their number in the file, which is named once for all, with what is said of each."""
+    found = [_AT.match(place, len(report.name)).groups("") for place in report.places[reason]]
+    word = "line" if report.name.endswith(LINES) else "row"
+    more = " ..." * (report.reasons[reason] > FIRST)
+    if len({detail for _, detail in found}) == 1:
+        numbers = ", ".join(number for number, _ in found)
+        return f"{word} {numbers}{more}" + (f": {found[0][1]}" if found[0][1] else "")
+    return f"{word} " + ", ".join(f"{number} ({detail})" if detail else number for number, detail in found) + more
 
 
 def _template_advice(report: SourceReport) -> list[str]:
-    """A line on what to do about rows that the template cannot represent, if there are any."""
+    """What to do about rows that the template cannot represent, if there are any."""
     if not {REFUSED, LOST_CALL} & set(report.reasons):
         return []
-    return ["choose a template that can write such rows with data.chat_template: the model's own (leave it empty), or a .jinja file"]
+    return ["choose a template that can write them with data.chat_template (the model's own where it is empty)"]
 
 
 def _length_advice(report: SourceReport, data_cfg: DataConfig) -> list[str]:
-    """A line on what to do about rows that are too long, if there are any."""
+    """What to do about rows that are too long, if there are any."""
     if not any("data.max_seq_len=" in reason for reason in report.reasons):
         return []
-    known = (
-        f"the longest row that was tokenised has {report.longest_dropped:,} tokens: " if report.longest_dropped else ""
-    )
-    cut = ", or cut long rows with data.truncation=right" if data_cfg.truncation == "drop" else ""
-    return [f"{known}raise data.max_seq_len{cut}"]
+    known = f" (the longest row that was tokenised has {report.longest_dropped:,} tokens)" if report.longest_dropped else ""
+    cut = ["cut long rows with data.truncation=right"] if data_cfg.truncation == "drop" else []
+    return [f"raise data.max_seq_len{known}", *cut]
