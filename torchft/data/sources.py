@@ -23,7 +23,7 @@ from torchft.data.rows import BadRow, Row, parse_json, strict_decoder
 from torchft.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # name, org/name or org/name:subset
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # a name without org is a misspelt file far more often
 EXTRA = 'pip install "torchft-recipes[data]"'
 AFTER_ROWS = {"]": "expected ',' or ']' after a row", "}": 'expected "}": beside "data" no other key is read'}
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -80,7 +80,8 @@ def local_path(source: SourceConfig, key: str) -> Path | None:
     if not path.is_file():
         if not looks_local and HUB_NAME.fullmatch(name):
             return None
-        raise UserError(f"{key}.path: no such file: {name} (a hub dataset is written org/name or org/name:subset)")
+        near = next((f"; did you mean {name}{end}?" for end in SUFFIXES if resolve_path(name + end).is_file()), "")
+        raise UserError(f"{key}.path: no such file: {name} (a hub dataset is written org/name or org/name:subset){near}")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{key}.path: {name}: unknown kind of file {path.suffix!r}; known are {', '.join(SUFFIXES)}")
     _check_readable(path, name, key)
@@ -259,7 +260,8 @@ def _read_hub(source: SourceConfig, key: str) -> Iterator[Row]:
     try:
         table = datasets.load_dataset(name, subset or None, split=source.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        said = f"{key}: the hub dataset {source.path}, split {source.split!r}, cannot be read: {error}"
+        read = f"the hub dataset {source.path}, split {source.split!r}, cannot be read: {error}"
+        said = f"{key}.path: there is no file {source.path} here, and {read}"
         raise UserError(f"{said} (a gated one needs HF_TOKEN in the environment)") from None
     for number, values in enumerate(table, 1):
         yield Row(f"{source.path}[{source.split}]:{number}", _without_nulls_below(values))
