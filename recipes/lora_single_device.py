@@ -18,7 +18,7 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
-from torchft.answers import Answer, answer_examples, exact_match, first_conversations
+from torchft.answers import Answer, answer_examples, exact_match, first_conversations, shortened
 from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
@@ -86,8 +86,8 @@ def evaluate(model: CausalLM, batches: Iterable[Batch], device: torch.device) ->
 def show(answers: list[Answer], log: RunLogger) -> None:
     """A few answers below their prompts, and what was expected where it is something else."""
     for answer in answers:
-        verdict = " (right)" if answer.right else f"\n  expected  {answer.expected}"
-        log.print(f"  prompt    {answer.prompt}\n  answer    {answer.answer}{verdict}")
+        verdict = " (right)" if answer.right else f"\n  expected  {shortened(answer.expected)}"
+        log.print(f"  prompt    {shortened(answer.prompt)}\n  answer    {answer.answer}{verdict}")
 
 
 def main(cfg: Config) -> None:
