@@ -107,7 +107,7 @@ def _template_advice(report: SourceReport) -> list[str]:
     """What to do about rows that the template cannot represent, if there are any."""
     if not {REFUSED, LOST_CALL} & set(report.reasons):
         return []
-    return ["choose a template that can write them with data.chat_template (the model's own where it is empty)"]
+    return ["choose a template that can write them with data.chat_template: a .jinja file, or the model's own (empty)"]
 
 
 def _length_advice(report: SourceReport, data_cfg: DataConfig) -> list[str]:
