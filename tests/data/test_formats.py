@@ -70,7 +70,8 @@ def test_messages_keep_every_key_and_tool_calls_get_one_shape():
 
 def test_content_in_parts_of_text_is_joined():
     turns = [{"role": "system", "content": []}, {"role": "user", "content": "q"}, {"role": "assistant", "content": " a b"}]
-    parts = [{"type": "text", "text": " a"}, {"type": "text", "text": " ", "cache_control": {"type": "x"}}, {"type": "text", "text": "b"}]
+    cached = {"type": "text", "text": " ", "cache_control": {"type": "x"}}
+    parts = [{"type": "text", "text": " a"}, cached, {"type": "text", "text": "b"}]
     wanted = [turns[0] | {"content": ""}, *turns[1:]]
     assert example({"messages": [turns[0], turns[1], turns[2] | {"content": parts}]}).messages == wanted
     calling = {"role": "assistant", "content": [], "tool_calls": [CALL]}
@@ -153,9 +154,9 @@ BAD_ROWS = [
     ("messages", {"messages": [{"role": "user", "content": 3}, A]}, "content in turn of user is not text: int"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, IMAGE]}, A]},
      r"a part of the content in turn of user is not text: type 'image_url' in messages\[0\]; only type text"),
-    ("messages", {"messages": [U, {"role": "assistant", "content": [{"text": "a"}]}]}, "turn of assistant is not text: type None"),
+    ("messages", {"messages": [U, A | {"content": [{"text": "a"}]}]}, "turn of assistant is not text: type None"),
     ("messages", {"messages": [U, {"role": "assistant", "content": ["a"]}]}, "turn of assistant is not text: a str in"),
-    ("messages", {"messages": [U, {"role": "assistant", "content": [{"type": "text"}]}]}, "a text part .* is not text: NoneType"),
+    ("messages", {"messages": [U, A | {"content": [{"type": "text"}]}]}, "a text part .* is not text: NoneType"),
     ("messages", {"messages": [U, {"role": "assistant", "content": []}]}, "blank content in turn of assistant"),
     ("messages", {"messages": [U, {"role": "assistant", "content": "\n"}]}, "blank content in turn of assistant"),
     ("messages", {"messages": [{"role": "system", "content": "s"}] * 2 + [U, A]}, "more than one system turn"),

@@ -7,6 +7,7 @@ from byte_tokenizer import TEMPLATE
 from chat_setups import ASK, CALL, TOOL, Setups, say
 
 from torchft.config import DataConfig, SourceConfig
+from torchft.data.account import LOST_CALL
 from torchft.data.chat_template import ChatTemplate
 from torchft.data.dataset import build_dataset
 from torchft.data.lost import lost_call, lost_tools
@@ -20,15 +21,16 @@ STYLES = {
     "json of all calls": "{{ m.tool_calls | tojson }}",
     "json of functions": "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}",
     "name and json": "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}",
-    "json or text": "{% for c in m.tool_calls %}{{ c.function.name }}{% if c.function.arguments is string %}{{ c.function.arguments }}"
-    "{% else %}{{ c.function.arguments | tojson }}{% endif %}{% endfor %}",
+    "json or text": "{% for c in m.tool_calls %}{{ c.function.name }}{% if c.function.arguments is string %}"
+    "{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}{% endif %}{% endfor %}",
     "xml": "{% for c in m.tool_calls %}<function={{ c.function.name }}>{% for k, v in c.function.arguments | items %}"
     "<parameter={{ k }}>{{ v }}</parameter>{% endfor %}{% endfor %}",
     "python": "{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in c.function.arguments | items %}"
     "{{ k }}={{ v | tojson }}{% endfor %}){% endfor %}",
     "python's repr": "{% for c in m.tool_calls %}{{ c.function }}{% endfor %}",
     "escaped": "{{ m.tool_calls | tojson(ensure_ascii=True) }}",
-    "recased": "{% for c in m.tool_calls %}{{ c.function.name | upper | replace('_', '-') }}{{ c.function.arguments }}{% endfor %}",
+    "recased": "{% for c in m.tool_calls %}{{ c.function.name | upper | replace('_', '-') }}{{ c.function.arguments }}"
+    "{% endfor %}",
 }
 
 
@@ -70,7 +72,8 @@ def test_a_call_that_is_not_in_the_text_is_lost_whatever_else_says_its_name(styl
 
 
 def test_calls_of_which_the_template_writes_a_part_are_lost():
-    first, names = "{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}", "{{ m.tool_calls | map(attribute='function.name') | join }}"
+    first = "{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}"
+    names = "{{ m.tool_calls | map(attribute='function.name') | join }}"
     assert lost([ASK, say("", tool_calls=[FOUND])], first) == ""
     assert lost([ASK, say("", tool_calls=[FOUND, call("now")])], first) == "message 1, call of now"
     assert lost([ASK, say("", tool_calls=[FOUND, FOUND])], first) == "message 1, call of find_it"  # one of the two
@@ -98,10 +101,14 @@ def test_rows_that_lose_a_call_are_refused_by_line_and_dropped_within_the_policy
     answered, called = {"messages": [ASK, say("One")]}, {"messages": [ASK, say("", tool_calls=[CALL]), ASK, say("Two")]}
     cfg = write_rows(tmp_path / "t.jsonl", answered | {"tools": [TOOL]}, called, answered, answered | {"tools": [TOOL]})
     dataset = build_dataset(cfg.train, cfg, byte_model[0], template, use_cache=False)
-    assert dataset.reports[0].places == {"the chat template leaves out a tool call": [f"{tmp_path}/t.jsonl:2: message 1, call of find"]}
+    assert dataset.reports[0].places == {LOST_CALL: [f"{tmp_path}/t.jsonl:2: message 1, call of find"]}
     assert f"  note        2 x the chat template does not write the tools, first in {tmp_path}/t.jsonl:1\n" in report(dataset)
     cfg.max_bad_rows = 0.0
-    with pytest.raises(UserError, match=r"^data.train\[0\]: 1 of 4 rows .*: choose .*with data\.chat_template .*own.*\n.*t.jsonl:2\n  1 .*call: line 2: message 1"):
+    said = (
+        r"^data.train\[0\]: 1 of 4 rows .*: choose .*with data\.chat_template: .*own.*\n"
+        r".*t.jsonl:2\n  1 .*call: line 2: message 1"
+    )
+    with pytest.raises(UserError, match=said):
         build_dataset(cfg.train, cfg, byte_model[0], template, use_cache=False)
     dataset = build_dataset(cfg.train, cfg, *byte_model, use_cache=False)  # its own template writes calls
     assert dataset.reports[0].used == 4 and dataset.reports[0].notes == {"the chat template does not write the tools": 2}
@@ -113,12 +120,13 @@ def test_pairs_and_verdicts_that_lose_a_call_are_bad_rows_too(byte_model, tmp_pa
     cfg = write_rows(tmp_path / "t.jsonl", calling, calling | {"chosen": [say("One")]})
     for kind in ("pairs", "verdicts"):
         got = build_dataset(cfg.train, cfg, byte_model[0], template, kind=kind, use_cache=False).reports[0]
-        assert got.reasons == {"the chat template leaves out a tool call": 1}
+        assert got.reasons == {LOST_CALL: 1}
         assert got.notes == {"the chat template does not write the tools": 1}  # of one row, with two answers
 
 
 def test_a_row_that_the_template_refuses_is_answered_with_the_option(byte_model, tmp_path):
-    refusing = PLAIN.replace("{{ m.content", "{% if m.role == 'tool' %}{{ raise_exception('knows no tool') }}{% endif %}{{ m.content")
+    refusal = "{% if m.role == 'tool' %}{{ raise_exception('knows no tool') }}{% endif %}"
+    refusing = PLAIN.replace("{{ m.content", refusal + "{{ m.content")
     cfg = write_rows(tmp_path / "t.jsonl", {"messages": [ASK, say("One"), {"role": "tool", "content": "12"}]})
-    with pytest.raises(UserError, match=r"^.*: choose a template .*with data\.chat_template (?s:.*)knows no tool"):
+    with pytest.raises(UserError, match=r"^.*: choose a template .*with data\.chat_template: (?s:.*)knows no tool"):
         build_dataset(cfg.train, cfg, byte_model[0], type(byte_model[1])(refusing, byte_model[1].special), use_cache=False)

@@ -92,7 +92,7 @@ def test_colour_is_for_terminals_without_no_color(monkeypatch):
 
 
 def test_a_run_is_told_of_rows_dropped_cut_and_noted_with_the_first_place(build, tmp_path):
-    rows = [row("q", "a"), row("q", None), row("q", "x" * 40), row("q", "x" * 41), {"question": 5, "answer": "a"}, row("q", None)]
+    rows = [row("q", "a"), row("q", None), row("q", "x" * 40), row("q", "x" * 41), row(5, "a"), row("q", None)]
     cfg = DataConfig(max_seq_len=16)
     options = {"max_seq_len": 16, "max_bad_rows": 0.7, "truncation": "right"}
     train = build(rows, [row("q", "a")], **options)
@@ -123,7 +123,8 @@ def test_verdicts_are_shown_beside_examples_and_counted(byte_model, tmp_path):
     dataset = verdicts(tmp_path, byte_model, [True, False, False])
     shown = [render_example(dataset, index, byte_model[0], color=False).splitlines()[0] for index in range(3)]
     assert [line.rsplit("; ", 1)[1] for line in shown] == ["a good answer ---", "a bad answer ---", "a bad answer ---"]
-    assert "  verdicts    1 good, 2 bad\n" in report(dataset) and "WARNING" not in report(dataset, Loader(dataset, DataConfig(), RunConfig()))
+    text = report(dataset, Loader(dataset, DataConfig(), RunConfig()))
+    assert "  verdicts    1 good, 2 bad\n" in text and "WARNING" not in text
 
 
 @pytest.mark.parametrize(("label", "word"), [(True, "good"), (False, "bad")])

@@ -224,7 +224,8 @@ def test_a_hub_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch, kind)
 
     monkeypatch.chdir(tmp_path)
     fake_datasets(monkeypatch, load_dataset)
-    with pytest.raises(UserError, match=r"data\.valid\[1\]\.path: there is no file org/name here, and the hub dataset org/name, split 'tset'.*Unknown split"):
+    said = r"data\.valid\[1\]\.path: there is no file org/name here, and the hub dataset org/name, split 'tset'.*Unknown split"
+    with pytest.raises(UserError, match=said):
         read_source(SourceConfig(path="org/name", split="tset"), "data.valid[1]")
 
 

@@ -64,7 +64,8 @@ def brief(report: SourceReport, here: str) -> list[str]:
     lines = [f"{here}: {count:,} x {note}, first in {report.noted[note]}" for note, count in report.notes.most_common()]
     if bad := report.read - report.used:
         reason, places = next(iter(report.places.items()))  # in the order of the rows
-        lines.insert(0, f"{here}: {bad:,} of {counted(report.read, 'row')} dropped (data.max_bad_rows); first {places[0]}: {reason}")
+        rows = f"{bad:,} of {counted(report.read, 'row')}"
+        lines.insert(0, f"{here}: {rows} dropped (data.max_bad_rows); first {places[0]}: {reason}")
     return lines
 
 
@@ -93,7 +94,7 @@ def _first_place(report: SourceReport) -> str:
 
 
 def _places(report: SourceReport, reason: str) -> str:
-    """The first rows dropped under a reason by their number in the file, which is named once for all, with what is said of each."""
+    """The first rows dropped under a reason, by their numbers in the file, which is named above, with what is said of each."""
     found = [_AT.match(place, len(report.name)).groups("") for place in report.places[reason]]
     word = "line" if report.name.endswith(LINES) else "row"
     more = " ..." * (report.reasons[reason] > FIRST)

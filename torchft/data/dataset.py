@@ -24,7 +24,7 @@ from torchft.data.packing import HOLD_OUT, shuffled
 from torchft.data.preferences import preference_samples, read_preference
 from torchft.data.rows import BadRow, Row
 from torchft.data.samples import Sample, make_samples
-from torchft.data.sources import local_path, read_source
+from torchft.data.sources import announce_hub, read_source
 from torchft.data.tokenizer import Tokenizer
 from torchft.errors import UserError
 
@@ -114,10 +114,8 @@ def build_dataset(
     """
     if not sources:
         raise UserError(f"{key}: no data; name a file or a hub dataset, e.g. {key}=train.jsonl")
-    for number, source in enumerate(sources):
-        here = f"{key}[{number}]"
-        if local_path(source, here) is None and not quiet:  # before the hub's own lines, and its minutes without a network
-            print(f"{here}.path: there is no file {source.path} here: it is looked for on the hub, as a dataset", flush=True)
+    if not quiet:
+        announce_hub(sources, key)
     entry = cache_key(sources, data_cfg, tokenizer, template, key, kind) if use_cache else ""
     stored = load_arrays(entry, quiet) if use_cache else None
     if stored is not None:

@@ -214,7 +214,8 @@ def _join_parts(parts: list[Any], role: str, at: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             what = f"type {kind!r}"[:40] if isinstance(part, dict) else f"a {type(part).__name__}"
-            raise BadRow(f"a part of the content in turn of {role} is not text", f"{what} in {at}; only type text can be trained on")
+            said = f"{what} in {at}; only type text can be trained on"
+            raise BadRow(f"a part of the content in turn of {role} is not text", said)
         _check_string(part.get("text"), f"a text part of the content in turn of {role}")
         texts.append(part["text"])
     return "".join(texts)

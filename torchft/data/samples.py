@@ -64,7 +64,7 @@ def row_notes(done: Tokenized, template: ChatTemplate) -> Counter[str]:
 
 
 def check_tokenized(done: Tokenized) -> None:
-    """Raises BadRow for a conversation that has lost a tool call, which would be trained as an empty answer, or has no answer."""
+    """Raises BadRow for a conversation that lost a tool call, which would be trained as an empty answer, or without answers."""
     if done.lost:
         raise BadRow(LOST_CALL, done.lost)
     if not any(done.trained[1:]):

@@ -80,12 +80,27 @@ def local_path(source: SourceConfig, key: str) -> Path | None:
     if not path.is_file():
         if not looks_local and HUB_NAME.fullmatch(name):
             return None
-        near = next((f"; did you mean {name}{end}?" for end in SUFFIXES if resolve_path(name + end).is_file()), "")
-        raise UserError(f"{key}.path: no such file: {name} (a hub dataset is written org/name or org/name:subset){near}")
+        raise UserError(f"{key}.path: no such file: {name} (a hub dataset is written org/name or org/name:subset){_near(name)}")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{key}.path: {name}: unknown kind of file {path.suffix!r}; known are {', '.join(SUFFIXES)}")
     _check_readable(path, name, key)
     return path
+
+
+def _near(name: str) -> str:
+    """What a file's name without its ending was meant to be."""
+    return next((f"; did you mean {name}{end}?" for end in SUFFIXES if resolve_path(name + end).is_file()), "")
+
+
+def announce_hub(sources: list[SourceConfig], key: str) -> None:
+    """Prints which sources are no files: before the hub's own lines, and its minutes of waiting where there is no network.
+
+    Raises: UserError as local_path. `key` is the config key of them all.
+    """
+    for number, source in enumerate(sources):
+        here = f"{key}[{number}]"
+        if local_path(source, here) is None:
+            print(f"{here}.path: there is no file {source.path} here: it is looked for on the hub, as a dataset", flush=True)
 
 
 def _check_readable(path: Path, name: str, key: str) -> None:
