@@ -43,7 +43,7 @@ class LoraOptions:
 class SourceConfig:
     """One data file or hub dataset. `data.train: file.jsonl` is short for `data.train: [{path: file.jsonl}]`."""
 
-    path: str = ""  # local .json .jsonl .csv .parquet .txt, builtin:..., or a hub dataset's name
+    path: str = ""  # local .json .jsonl .csv .parquet .txt, builtin:..., or a hub dataset as ORG/NAME
     weight: float = 1.0  # how often each row is used per epoch: 2.0 = twice, 0.5 = a random half
     split: str = "train"  # of a hub dataset
     format: str = "auto"  # auto | instruct | messages | sharegpt | text | preference | kto
