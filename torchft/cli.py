@@ -283,7 +283,10 @@ def _merge(args: argparse.Namespace) -> None:
     import torch
 
     from torchft.merge import merge
+    from torchft.peft_config import other_base
 
+    if warning := other_base(adapter, base):
+        print(warning, file=sys.stderr, flush=True)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     print(merge(base, adapter, Path(args.out).expanduser(), dtype, nf4_base=args.nf4_base))
 
