@@ -91,6 +91,23 @@ def test_cp_takes_the_exact_name_or_a_directory(capsys, tmp_path):
         assert (tmp_path / made).is_file()
 
 
+def test_cp_refuses_the_ending_of_the_other_kind(capsys, tmp_path):
+    """tune run would then say that a config is none, or run it as Python."""
+    other = tmp_path.with_name("other")
+    other.mkdir()
+    (other / "own").touch()
+    for name, given, right, kind in (
+        ("lora_single_device", "x.yaml", "x.py", "a recipe"),
+        ("lora_finetune_single_device", "x.yml", "x.py", "a recipe"),
+        ("tiny/lora", "x.py", "x.yaml", "a config"),
+        (f"{other}/own", "x.py", "x.yaml", "a config"),
+    ):
+        said = f"error: {name} is {kind}; name it {tmp_path / right}\n"
+        assert tune(capsys, "cp", name, str(tmp_path / given), "--force") == (1, "", said)
+    assert list(tmp_path.iterdir()) == []
+    assert tune(capsys, "cp", "tiny/lora", str(tmp_path / "x.yml"))[0] == 0
+
+
 def test_cp_says_what_is_wrong(capsys, tmp_path):
     code, _, err = tune(capsys, "cp", "tiny/lora", str(tmp_path / "no" / "where.yaml"))
     assert code == 1 and f"where.yaml cannot be written: there is no directory {tmp_path / 'no'}; make it" in err

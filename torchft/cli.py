@@ -226,6 +226,9 @@ def _cp(args: argparse.Namespace) -> None:
     source, target = find_recipe_or_config(args.name), Path(args.destination)
     if target.is_dir():
         target /= source.name
+    kind, ending, wrong = ("recipe", ".py", (".yaml", ".yml")) if source.suffix == ".py" else ("config", ".yaml", (".py",))
+    if target.suffix in wrong:
+        raise UserError(f"{args.name} is a {kind}; name it {target.with_suffix(ending)}")
     if not target.parent.is_dir():
         raise UserError(f"{target} cannot be written: there is no directory {target.parent}; make it first")
     if target.exists() and target.samefile(source):
