@@ -270,6 +270,37 @@ def test_a_missing_path_is_told_by_the_argument_that_named_it(argv, words, capsy
     assert "model.path" not in err and "lora.adapter" not in err
 
 
+def test_an_adapter_in_place_of_a_model_is_answered_with_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = Path("my adapter")
+    adapter.mkdir()
+    for content, base in (
+        ('{"base_model_name_or_path": "Qwen/Qwen3-0.6B"}', "Qwen/Qwen3-0.6B"),
+        ('{"base_model_name_or_path": "my base"}', "'my base'"),
+        ('{"base_model_name_or_path": null}', "MODEL"),
+        ('{"base_model_name_or_path": ["x"]}', "MODEL"),
+        ("[]", "MODEL"),
+        ("{", "MODEL"),
+    ):
+        (adapter / "adapter_config.json").write_text(content)
+        said = "which is an adapter and no model: tune"
+        assert tune(capsys, "generate", str(adapter)) == (1, "", f"error: MODEL is 'my adapter', {said} generate {base} --adapter 'my adapter'\n")
+        merge = tune(capsys, "merge", str(adapter), "builtin:tiny_llama", "out")
+        assert merge == (1, "", f"error: BASE is 'my adapter', {said} merge {base} 'my adapter' OUT\n")
+
+
+def test_options_of_generate_are_refused_by_their_names(capsys):
+    for option, value, said in (
+        ("--max-new-tokens", "0", "0; write 1 or more"),
+        ("--temperature", "-1", "-1.0; write 0 (the likeliest token) or a positive number"),
+        ("--temperature", "nan", "nan; write 0 (the likeliest token) or a positive number"),
+        ("--top-p", "2", "2.0; write a number above 0 and at most 1 (no cut)"),
+        ("--top-p", "0", "0.0; write a number above 0 and at most 1 (no cut)"),
+        ("--seed", str(2**64), f"{2**64}; write a number of 64 bits"),
+    ):
+        assert tune(capsys, "generate", "builtin:tiny_llama", option, value) == (1, "", f"error: {option} is {said}\n")
+
+
 def test_messages_about_directories_name_no_config_key(tmp_path):
     """They are met from a config, from the command line and from Python alike."""
     for function in (open_checkpoint, read_adapter, load_tokenizer, read_config):
