@@ -412,8 +412,8 @@ def _path_problem(key: str, text: str, inside: str) -> str:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """The most similar of `known`, however far it is."""
-    return difflib.get_close_matches(word[:60], known, 1, cutoff=0.0)[0]
+    """The most similar of `known`, "" where none is near."""
+    return next(iter(difflib.get_close_matches(word[:60], known, 1, cutoff=0.6)), "")
 
 
 def counted(number: int, noun: str) -> str:
