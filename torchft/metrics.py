@@ -107,6 +107,10 @@ class RunLogger:
             )
         if start_step == total_steps:
             self.print(f"nothing is left to train after step {total_steps}: the result is written again")
+        warmup = self._config.get("optim", {}).get("warmup_steps", 0)
+        if 0 < total_steps <= warmup:
+            peak = f"the learning rate rises to {total_steps / warmup:.0%} of optim.lr and never falls"
+            self.print(f"WARNING: the run ends within its warm-up, {total_steps} of optim.warmup_steps={warmup}: {peak}")
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._flops_per_token = flops_per_token
