@@ -362,7 +362,8 @@ def check_paths(values: dict[str, Any]) -> Problems:
     if values.get("data.chat_template", "").endswith(".jinja"):
         wanted.append(("data.chat_template", values["data.chat_template"], ""))
     problems = [(key, problem) for key, text, inside in wanted if text and (problem := _path_problem(key, text, inside))]
-    problems += _check_out(values.get("run.out", "")) + _check_resume(values.get("run.resume", "never"))
+    problems += _check_resume(values.get("run.resume", "never"))
+    problems += _check_out(values.get("run.out", ""))
     return problems or _check_own_results(values)  # of paths that are there
 
 

@@ -119,7 +119,7 @@ def _read_source(node: Node, key: str, problems: list[Problem]) -> SourceConfig:
             fields[name] = read_value(value, hints[name], f"{key}.{name}", problems)
         else:
             near = nearest(name, list(hints))
-            fix = f"did you mean {near}? " * bool(near) + f"{'a' if not near else 'A'} data source has {', '.join(hints)}"
+            fix = f"did you mean {near}? " * bool(near) + f"{'A' if near else 'a'} data source has {', '.join(hints)}"
             problems.append(Problem(where(value), f"{key}.{name}", f"is not an option; {fix}"))
     return SourceConfig(**fields)
 
