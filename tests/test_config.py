@@ -176,6 +176,8 @@ def test_a_run_cannot_start_from_what_it_would_move_aside(tmp_path, monkeypatch)
             parse(Config, [given, *others, "data.train=a.jsonl"])
         parse(Config, [given, *others, "data.train=a.jsonl", "run.out=other"])
     parse(Config, ["model.path=out/earlier_1/model", "data.train=a.jsonl"])
+    Path("circle").symlink_to("circle")  # which is no matter of the parser's, nor a traceback
+    parse(Config, ["model.path=builtin:tiny_llama", "data.train=a.jsonl", "run.out=circle"])
 
 
 def test_paths_that_no_system_takes_are_problems_too(tmp_path):

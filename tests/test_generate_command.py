@@ -246,6 +246,21 @@ def test_an_expected_answer_holds_its_tool_calls_and_reasoning(folder, monkeypat
     assert [answer.right for answer in found] == [True, True, True, False]
 
 
+def test_the_model_is_asked_where_training_begins(folder, monkeypatch):
+    """Behind what the template writes ahead of an answer beside its generation prompt, as Qwen3's empty thoughts."""
+    tokenizer, prompts = load_tokenizer(folder), []
+    empty = "{% if message.role == 'assistant' and not message.reasoning_content %}<think></think>{% endif %}"
+    kept = "{{ message.reasoning_content or '' }}"
+    template = ChatTemplate(TEMPLATE.replace("{{ message.content }}", empty + kept + "{{ message.content }}"), tokenizer.named)
+    monkeypatch.setattr(answers_module, "generate", lambda model, asked, **options: prompts.extend(asked) or [[] for _ in asked])
+    answers = [{"content": "Yes"}, {"content": "Yes", "reasoning_content": "Hm. "}, {"content": " Yes "}, {"content": ""}]
+    examples = [Example([user("Hello"), {"role": "assistant"} | fields], None, None, "file:1") for fields in answers]
+    answer_examples(None, tokenizer, template, examples, batch_size=4, max_new_tokens=9)
+    asked = [tokenizer.decode(prompt, skip_special=False) for prompt in prompts]
+    plain = "<|user|>Hello<|end|><|assistant|>"
+    assert asked == [f"{plain}<think></think>", plain, f"{plain}<think></think>", plain]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -41,6 +41,8 @@ class TinyRun:
         tensors = {name: param.detach() for name, param in self.params.items()}
         for name, param in self.params.items():
             for key, value in self.optimizer.state.get(param, {}).items():
+                if not isinstance(value, Tensor):
+                    value = torch.tensor(float("inf") if value is None else value)
                 inner = {"": value} if type(value) is Tensor else {"/codes": value.codes, "/scale": value.scale}
                 tensors |= {f"{name}/{key}{part}": tensor for part, tensor in inner.items()}
         tensors["torch"] = torch.get_rng_state()

@@ -41,6 +41,7 @@ class AdamWBf16(torch.optim.Optimizer):
         for param in (param for group in self.param_groups for param in group["params"]):
             assert param.dtype == torch.bfloat16, f"AdamWBf16 takes bf16 parameters, got {param.dtype}"
         self.seed = seed
+        self._step_supports_amp_scaling = True  # it reads found_inf, as torch's fused optimizers do
         self.found_inf: Tensor | None = None
         self.clip: Tensor | None = None
 

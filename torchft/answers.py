@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -64,28 +64,34 @@ def answer_examples(
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             asked = [_asked(example, tokenizer, template) for example in batch]
-            prompts = [
-                render_prompt(messages, example.tools, tokenizer, template)
-                for example, (messages, _) in zip(batch, asked, strict=True)
-            ]
-            replies = generate(model, prompts, **options)
+            replies = generate(model, [question.prompt for question in asked], **options)
             bar.update(len(batch))
-            for (messages, expected), reply in zip(asked, replies, strict=True):
-                question = messages[-1].get("content") if messages else ""
-                answers.append(Answer(str(question), tokenizer.decode(reply), expected))
+            for question, reply in zip(asked, replies, strict=True):
+                answers.append(Answer(question.text, tokenizer.decode(reply), question.expected))
     return answers
 
 
-def _asked(example: Example, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[dict[str, Any]], str]:
-    """(messages before the last answer, what the model is to write). With tool calls or reasoning that is what is trained of the
-    answer, as the template has it. Raises UserError for a plain text.
+class _Question(NamedTuple):
+    text: str
+    prompt: list[int]
+    expected: str
+
+
+def _asked(example: Example, tokenizer: Tokenizer, template: ChatTemplate) -> _Question:
+    """The last message before the last answer, the ids up to that answer, and what the model is to write: its content, or with tool
+    calls or reasoning what is trained of it, as the template has it. Raises UserError for a plain text.
     """
-    messages, text = split_answer(example)
+    messages, expected = split_answer(example)
     answer = example.messages[len(messages)]
-    if not any(answer.get(name) for name in ("tool_calls", *REASONING)):
-        return messages, text
     done = tokenize_chat([*messages, answer], example.tools, tokenizer, template, train_on="last")
-    return messages, tokenizer.decode([token for token, trained in zip(done.ids, done.trained, strict=True) if trained])
+    written = tokenizer.decode([token for token, trained in zip(done.ids, done.trained, strict=True) if trained])
+    if any(answer.get(name) for name in ("tool_calls", *REASONING)):
+        expected = written
+    prompt = render_prompt(messages, example.tools, tokenizer, template)
+    # Qwen3's template, say, begins an answer without thoughts with empty ones, which are no part of it and not trained.
+    if done.ids[: len(prompt)] == prompt and written.strip() == expected.strip() != "":
+        prompt = done.ids[: done.trained.index(True)]
+    return _Question(str(messages[-1].get("content") if messages else ""), prompt, expected)
 
 
 def exact_match(

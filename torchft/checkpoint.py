@@ -65,14 +65,14 @@ def save_checkpoint(
     older checkpoints are untouched then.
     """
     out = Path(out)
-    optimizer_tensors, signed = flatten_optimizer(optimizer, params)
+    optimizer_tensors, others = flatten_optimizer(optimizer, params)
     generators, numbers = all_generators()
     files = {
         "params.safetensors": {plain_name(name): gathered(param.detach()) for name, param in params.items()},
         "optimizer.safetensors": optimizer_tensors,
         RNG_FILE: generators,
     }
-    values = state_values(state, config, optimizer) | {"signed": signed, "rng": numbers}
+    values = state_values(state, config, optimizer) | others | {"rng": numbers}
     facts = manifest_facts(FORMAT, step, valid_loss)
     # The other processes wait here, however slow the disk is, and not in a collective of their GPUs, which would time out.
     return from_main(lambda: _write_checkpoint(out, files, values, facts, keep_last))
@@ -145,7 +145,7 @@ def load_checkpoint(
     tensors = {name: tensors_from_main(lambda: _read_tensors(path / f"{name}.safetensors")) for name in TENSOR_FILES}  # noqa: B023
     check_same_run(path, values, optimizer, unchanged)
     check_params(path, tensors["params"], {plain_name(name): param for name, param in params.items()})
-    unflatten_optimizer(optimizer, params, tensors["optimizer"], values["signed"])
+    unflatten_optimizer(optimizer, params, tensors["optimizer"], values)
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(cut(tensors["params"][plain_name(name)], param))

@@ -6,6 +6,7 @@ it (a recipe need not have every group), and returns all problems at once. Nothi
 
 import contextlib
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -393,12 +394,12 @@ def _check_resume(text: str) -> Problems:
 
 def _check_own_results(values: dict[str, Any]) -> Problems:
     """What a run starts from may not lie where it writes its result: an earlier one is moved aside before the first step."""
-    results = [(Path(values["run.out"]) / name).resolve() for name in RESULTS] if "run.out" in values else []
+    results = [os.path.realpath(Path(values["run.out"]) / name) for name in RESULTS] if "run.out" in values else []
     named = {key: values[key] for key in ("model.path", "lora.adapter", "data.chat_template") if values.get(key)}
     return [
         (key, f"is {show(text)}, the result of an earlier run in run.out, which this one would move aside: choose another run.out")
         for key, text in named.items()
-        if any(resolve_path(text).resolve().is_relative_to(result) for result in results)
+        if any(Path(os.path.realpath(resolve_path(text))).is_relative_to(result) for result in results)
     ]
 
 

@@ -7,9 +7,11 @@
     adamw_bf16    bf16                         8   moments in bf16 too, rounded stochastically (kernels/adamw.py)
 
 With optim.in_backward (torchft/in_backward.py) the gradients' 4 or 2 bytes go. Plain AdamW on bf16 parameters is not offered:
-at small learning rates it does not move them (pytorch/torchtune#2254). Nothing here waits for the device, but for the 8-bit
-optimizer's check. Left out: schedules with state (the learning rate is a function of the step, so that a resumed run needs
-none).
+at small learning rates it does not move them (pytorch/torchtune#2254). An edited recipe may put any torch.optim.Optimizer in
+`build_optimizer`'s place, if its step takes no closure: its groups' "lr_scale" is theirs, and tensors and numbers of its
+state are saved. Nothing here waits for the device, but for optimizers that cannot skip a step by themselves, as torch's fused ones
+do: the 8-bit one and most others. Left out: schedules with state (the learning rate is a function of the step, so that a
+resumed run needs none).
 """
 
 import logging
@@ -135,12 +137,22 @@ def lr_at(step: int, total_steps: int, cfg: OptimConfig) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group this learning rate."""
+    """Give every group this learning rate, times its "lr_scale" if it has one (LoRA+: 16 for lora_B, say).
+
+    Raises UserError where groups came with learning rates of their own, which would be lost.
+    """
+    own = [float(group["lr"]) for group in optimizer.param_groups if "lr_scale" not in group]
+    if len(set(own)) > 1:
+        raise UserError(
+            f"the optimizer's groups have the learning rates {own}, and each "
+            "step's takes their place: give a group \"lr_scale\", by which it is multiplied, instead of \"lr\""
+        )
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):  # torchao: a number would be baked into the compiled update
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 @torch.no_grad()
@@ -202,8 +214,32 @@ def step_optimizer(optimizer: torch.optim.Optimizer, found_inf: Tensor, clip: Te
         optimizer.clip = clip
     elif clip is not None:
         _clip((param for group in optimizer.param_groups for param in group["params"]), clip)
-    if isinstance(optimizer, (torch.optim.AdamW, AdamWBf16)):
-        optimizer.found_inf = found_inf  # type: ignore[union-attr]  # read by fused kernels, as GradScaler sets it
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones and AdamWBf16: what GradScaler asks for
+        optimizer.found_inf = found_inf  # type: ignore[union-attr]
         optimizer.step()
-    elif found_inf.item() == 0:  # torchao's update has no such input: this waits for the device
+    elif found_inf.item() == 0:  # the others have no such input: this waits for the device
+        first = not optimizer.state
         optimizer.step()
+        if first:
+            _check_savable(optimizer)
+
+
+def _check_savable(optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError for a state that no checkpoint could hold: in the first step, and not when a whole run is to be saved."""
+    for param, state in optimizer.state.items():
+        for key, value in state.items():
+            if not (_is_savable(value, param) and "/" not in str(key)):
+                kind = f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise UserError(
+                    f"the state of {type(optimizer).__name__} holds {key!r}, a {kind}, beside a parameter of shape "
+                    f"{tuple(param.shape)}: what can be saved and continued are numbers and plain tensors, and beside a parameter "
+                    "that is divided over processes tensors that are divided alike"
+                )
+
+
+def _is_savable(value: object, param: Tensor) -> bool:
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, (int, float))
+    plain = type(local(value)).__name__ in ("Tensor", "OptimState8bit")  # the latter is torchao's
+    alike = isinstance(value, DTensor) and value.shape == param.shape
+    return plain and (alike or value.numel() == 1 or not isinstance(param, DTensor))

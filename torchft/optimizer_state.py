@@ -2,7 +2,8 @@
 
 Optimizer tensors are named <parameter>/<state>, such as "model.layers.0.self_attn.q_proj.lora_A.weight/exp_avg",
 whatever the order of the parameters; torchao's 8-bit states are taken apart into /codes, /scale and /qmap (torchao
-optim/subclass_8bit.py). Of a parameter that is divided over processes, the states are gathered and cut again.
+optim/subclass_8bit.py). Of a parameter that is divided over processes, the states are gathered and cut again. Numbers in the
+state of an optimizer that someone has put into a recipe go to state.json.
 
 8-bit states at another number of processes: blocks of 256 values run along the flattened tensor, and are whole in each part
 (torchft/optim.py, `blocks_fit`), so that codes and scales are cut like the parameter, and nothing is lost. A state that has
@@ -22,6 +23,7 @@ from torchft.errors import UserError
 from torchft.modules.sharding import cut, divided_like, gathered, local, rows_held
 from torchft.optim import blocks_fit
 
+ADAMW_STATES = {"step", "exp_avg", "exp_avg_sq"}
 BLOCK = 256  # values that share a scale
 PARTS_8BIT = ("codes", "scale", "qmap")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -36,34 +38,40 @@ def plain_name(name: str) -> str:
 
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """The state as whole tensors by name, and which 8-bit states are signed; on processes but the first, empty ones."""
-    tensors, signed = flat_states(optimizer, params)
-    return {name: gathered(tensor) for name, tensor in tensors.items()}, signed
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The state as whole tensors by name, and as `flat_states` what is none; on processes but the first, empty tensors."""
+    tensors, others = flat_states(optimizer, params)
+    return {name: gathered(tensor) for name, tensor in tensors.items()}, others
 
 
 def flat_states(
     optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """The same as it lies: divided as the parameters are. Hyperparameters are the config's, not saved."""
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The same as it lies: divided as the parameters are. Hyperparameters are the config's, not saved.
+
+    What is no tensor, for state.json: "signed", of 8-bit states, and "numbers", also None.
+    """
     tensors: dict[str, Tensor] = {}
     signed: dict[str, bool] = {}
+    numbers: dict[str, float | None] = {}
     for name, param in params.items():
         for key, value in optimizer.state.get(param, {}).items():
             full_name = f"{plain_name(name)}/{key}"
-            if type(local(value)) is Tensor:
+            if not isinstance(value, Tensor):
+                numbers[full_name] = value
+            elif type(local(value)) is Tensor:
                 tensors[full_name] = value
             else:
                 parts, signed[full_name] = split_8bit(value)
                 tensors |= {f"{full_name}/{part}": tensor for part, tensor in parts.items()}
-    return tensors, signed
+    return tensors, {"signed": signed, "numbers": numbers}
 
 
 def unflatten_optimizer(
     optimizer: torch.optim.Optimizer,
     params: dict[str, nn.Parameter],
     tensors: dict[str, Tensor],
-    signed: dict[str, bool],
+    others: dict[str, Any],
 ) -> None:
     """Put a flattened state into `optimizer`, whose groups (learning rate, betas, ...) stay as they are.
 
@@ -71,19 +79,34 @@ def unflatten_optimizer(
     has been changed then.
     """
     by_name = {plain_name(name): param for name, param in params.items()}
-    put_states(optimizer, by_name, placed_states(optimizer, by_name, tensors, signed))
+    put_states(optimizer, by_name, placed_states(optimizer, by_name, tensors, others))
 
 
 def placed_states(
-    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], tensors: dict[str, Tensor], signed: dict[str, bool]
-) -> dict[str, dict[str, Tensor]]:
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], tensors: dict[str, Tensor], others: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Parameter (by plain name) -> state -> tensor laid out as the parameter, from whole tensors. Raises UserError."""
-    states = _by_parameter(tensors, signed, list(params))
-    check_states(states, params)
+    states = _by_parameter(tensors, others.get("signed", {}), list(params))
+    add_numbers(states, others)
+    check_states(states, params, optimizer)
     place = _cut_8bit if in_8_bits(optimizer) else _cut
     for name, param in params.items():
-        states[name] = {key: value if key == "step" else place(key, value, param) for key, value in states[name].items()}
+        like_it = {key: isinstance(value, Tensor) and value.shape == param.shape for key, value in states[name].items()}
+        states[name] = {key: place(key, value, param) if like_it[key] else value for key, value in states[name].items()}
     return states
+
+
+def add_numbers(states: dict[str, dict[str, Any]], others: dict[str, Any]) -> None:
+    """What of a flattened state is no tensor, to its parameter's."""
+    for full_name, number in others.get("numbers", {}).items():
+        name, _, key = full_name.rpartition("/")
+        if name not in states:
+            raise _of_no_parameter(full_name)
+        states[name][key] = number
+
+
+def _of_no_parameter(full_name: str) -> UserError:
+    return UserError(f"optimizer state {full_name} belongs to no trained parameter of this run")
 
 
 def in_8_bits(optimizer: torch.optim.Optimizer) -> bool:
@@ -100,6 +123,11 @@ def put_states(
     by_index = {index: states[names[param]] for index, param in enumerate(in_group_order) if states[names[param]]}
     # load_state_dict moves each tensor to where this optimizer wants it: the step counter too, on CPU for torchao.
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+    for index, state in by_index.items():
+        loaded = optimizer.state[in_group_order[index]]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:  # it gives integers the parameter's
+                loaded[key] = value.to(loaded[key].device)
 
 
 def _by_parameter(tensors: dict[str, Tensor], signed: dict[str, bool], names: list[str]) -> dict[str, dict[str, Any]]:
@@ -108,7 +136,7 @@ def _by_parameter(tensors: dict[str, Tensor], signed: dict[str, bool], names: li
     for full_name, tensor in tensors.items():
         name, key, *part = full_name.split("/")
         if name not in states:
-            raise UserError(f"optimizer state {full_name} belongs to no trained parameter of this run")
+            raise _of_no_parameter(full_name)
         if part:
             states[name].setdefault(key, {})[part[0]] = tensor
         else:
@@ -119,13 +147,18 @@ def _by_parameter(tensors: dict[str, Tensor], signed: dict[str, bool], names: li
     return states
 
 
-def check_states(states: dict[str, dict[str, Any]], params: dict[str, nn.Parameter]) -> None:
-    """Raises UserError unless every parameter has all of AdamW's states (or, never stepped, none), the moments in its shape."""
+def check_states(
+    states: dict[str, dict[str, Any]], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raises UserError unless every parameter has all of AdamW's states, if it is one of ours, (or, never stepped, none), and
+    moments have its shape.
+    """
+    expected = ADAMW_STATES if type(optimizer).__name__ in ("AdamW", "AdamWBf16", "AdamW8bit") else set()
     for name, state in states.items():
-        if state and set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+        if state and not expected <= set(state):
             raise UserError(f"optimizer state of {name} has {sorted(state)}, not step, exp_avg and exp_avg_sq")
-        for key in ("exp_avg", "exp_avg_sq"):
-            if state and state[key].shape != params[name].shape:
+        for key in ADAMW_STATES & set(state) - {"step"}:
+            if state[key].shape != params[name].shape:
                 raise UserError(
                     f"optimizer state {name}/{key} has shape {tuple(state[key].shape)}, "
                     f"the parameter {tuple(params[name].shape)}"

@@ -43,7 +43,7 @@ from torchft.distributed import HOST_TIMEOUT, from_all, from_main, highest
 from torchft.errors import UserError
 from torchft.model_dir import available_memory
 from torchft.modules.sharding import local
-from torchft.optimizer_state import check_states, flat_states, in_8_bits, placed_states, plain_name, put_states
+from torchft.optimizer_state import add_numbers, check_states, flat_states, in_8_bits, placed_states, plain_name, put_states
 from torchft.ranks import rank
 from torchft.run_dir import FORMAT_OF_PARTS, checkpoint_path, prune, remove_leftovers, verify_checkpoint
 
@@ -78,11 +78,11 @@ class PartsWriter:
         Raises UserError if the save before could not be written.
         """
         self.wait()
-        states, signed = flat_states(optimizer, params)
+        states, others = flat_states(optimizer, params)
         tensors = {PARAMS + plain_name(name): param.detach() for name, param in params.items()}
         tensors |= {OPTIMIZER + name: tensor for name, tensor in states.items()}
         generators, numbers = all_generators()
-        values = state_values(state, config, optimizer) | {"rng": numbers, "signed": signed}
+        values = state_values(state, config, optimizer) | others | {"rng": numbers}
         facts = manifest_facts(FORMAT_OF_PARTS, step, valid_loss)
         copied = not highest(int(_bytes_held(tensors) * 1.2 > available_memory() / _processes_here()))
         staged = _copied(tensors) if copied else tensors
@@ -155,6 +155,8 @@ def load_parts(
     else:
         states = _empty_states(in_optimizer, by_name)
         targets |= {f"{OPTIMIZER}{name}/{key}": tensor for name, held in states.items() for key, tensor in held.items()}
+        add_numbers(states, values)
+        check_states(states, by_name, optimizer)
     dcp.load(targets, storage_reader=reader)
     put_states(optimizer, by_name, states)
     restore_generators(load_file(path / RNG_FILE), values["rng"], step)
@@ -234,7 +236,6 @@ def _empty_states(saved: dict[str, Tensor], params: dict[str, nn.Parameter]) -> 
         divided = like.shape == params[name].shape
         shape = params[name].detach() if divided else torch.empty(like.shape)
         states[name][key] = torch.empty_like(shape, dtype=like.dtype)
-    check_states(states, params)
     return states
 
 
@@ -252,5 +253,5 @@ def _read_8bit(
         tensors = {full: torch.empty(like.shape, dtype=like.dtype) for full, like in saved.items() if full.startswith(own)}
         dcp.load({OPTIMIZER + full: tensor for full, tensor in tensors.items()}, storage_reader=reader)
         kinds = {full: is_signed for full, is_signed in signed.items() if full.startswith(own)}
-        states |= placed_states(optimizer, {name: param}, tensors, kinds)
+        states |= placed_states(optimizer, {name: param}, tensors, {"signed": kinds})
     return states
