@@ -125,14 +125,8 @@ class RunLogger:
                 replace_bytes(self._out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._config)).encode())
             self._log = open(self._out / "log.jsonl" if self._writes else os.devnull, "a", encoding="utf-8")
         self._trackers.begin(self._config, start_step, state["wandb_id"])
-        # On a terminal only: in a file or a pipe a bar is noise.
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            leave=False,
-            disable=not (self._writes and sys.stderr.isatty()),
-        )
+        seen = self._writes and sys.stderr.isatty()  # in a file or a pipe a bar is noise
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", leave=False, disable=not seen)
         self._clock = Clock(self._device)
 
     def figures(self, count: int, sums: dict[str, Tensor]) -> None:
