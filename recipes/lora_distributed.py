@@ -21,13 +21,14 @@ import torch
 
 from torchft.activations import ActivationMemory
 from torchft.adapter import add_adapter, init_adapter, save_adapter, tokenizer_folder, verify_adapter
-from torchft.answers import Answer, answer_examples, exact_match, first_conversations
+from torchft.answers import Answer, answer_examples, exact_match, first_conversations, shortened
 from torchft.balance import balance_routers
 from torchft.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, RunConfig, resolve_path
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import build_datasets
 from torchft.data.loader import Batch, Loader, eval_batches
+from torchft.data.report import summary
 from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import (
@@ -100,8 +101,8 @@ def evaluate(model: CausalLM, batches: Iterable[Batch], device: torch.device) ->
 def show(answers: list[Answer], log: RunLogger) -> None:
     """A few answers below their prompts, and what was expected where it is something else."""
     for answer in answers:
-        verdict = " (right)" if answer.right else f"\n  expected  {answer.expected}"
-        log.print(f"  prompt    {answer.prompt}\n  answer    {answer.answer}{verdict}")
+        verdict = " (right)" if answer.right else f"\n  expected  {shortened(answer.expected)}"
+        log.print(f"  prompt    {shortened(answer.prompt)}\n  answer    {answer.answer}{verdict}")
 
 
 def main(cfg: Config) -> None:
@@ -146,7 +147,7 @@ def main(cfg: Config) -> None:
     check_ids(model.config, tokenizer, train, valid)
     warn_of_misfits(model, train, tokenizer, cfg.data.max_seq_len, log.print)
     loader = Loader(train, cfg.data, run, rank(), world_size())
-    log.print(loader.summary())
+    log.print(summary(loader, valid))
     rows_at_once = max(1, 16_384 // (cfg.data.max_seq_len + run.max_new_tokens))  # bounds the KV cache
     answering = {"batch_size": rows_at_once, "max_new_tokens": run.max_new_tokens}
     samples, scored = (first_conversations(valid, template, n) for n in (run.sample_rows, run.exact_match_rows))

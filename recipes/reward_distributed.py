@@ -26,6 +26,7 @@ from torchft.config import DataConfig, LoraOptions, ModelConfig, OptimConfig, Re
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import build_datasets
 from torchft.data.loader import Batch, Loader, eval_batches
+from torchft.data.report import summary
 from torchft.data.tokenizer import load_tokenizer
 from torchft.device import compile_blocks, setup_device
 from torchft.distributed import (
@@ -138,7 +139,7 @@ def main(cfg: Config) -> None:
     check_ids(model.config, tokenizer, train, valid)
     warn_of_misfits(model, train, tokenizer, cfg.data.max_seq_len, log.print)
     loader = Loader(train, cfg.data, run, rank(), world_size())
-    log.print(loader.summary())
+    log.print(summary(loader, valid))
 
     # ---- Resume: parameters, moments, random state and step; the run goes on as if it had never stopped.
     state, fingerprints = {}, {"data": train.fingerprint, "valid": valid.fingerprint if valid else None}

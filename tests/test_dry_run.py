@@ -62,6 +62,20 @@ def test_validate_warns_of_rows_longer_than_the_model_has_seen(workplace, capsys
     assert f"\n        {warning}\n" in capsys.readouterr().out
 
 
+def test_data_warns_of_them_too_and_shows_data_for_a_model_that_is_not_known(workplace, capsys):
+    limit = model_config(read_config("model")).max_position_embeddings
+    cli.main(["data", "c.yaml", f"data.max_seq_len={limit}", "--examples", "0"])
+    assert "WARNING" not in capsys.readouterr().out
+    cli.main(["data", "c.yaml", f"data.max_seq_len={limit + 1}", "--examples", "0"])
+    warning = f"\nWARNING: data.max_seq_len={limit + 1} is beyond the {limit} positions that the model was trained on\n"
+    assert warning in capsys.readouterr().out
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"architectures": ["OtherForCausalLM"]}))
+    cli.main(["data", "c.yaml", "--examples", "0"])
+    out = capsys.readouterr().out
+    assert f"{FIRST_ROWS} used" in out and "\nnot checked: whether data.max_seq_len=" in out and "'OtherForCausalLM' is not supported" in out
+
+
 def test_validate_of_a_model_trained_whole(workplace, capsys):
     """By the end of the config's name, or by --recipe; adapters are not among its options."""
     Path("my_full.yaml").write_text("model: {path: model}\ndata: {train: train.jsonl, valid: valid.jsonl}\n")
@@ -283,6 +297,24 @@ def test_data_names_a_bad_row_by_file_and_line(workplace, capsys):
     with pytest.raises(SystemExit):
         cli.main(["data", "c.yaml"])
     assert "train.jsonl:3" in capsys.readouterr().err
+
+
+def test_validate_says_what_is_dropped_cut_or_noted_in_training_and_validation_data(workplace, capsys):
+    for part in ("train", "valid"):
+        lines = Path(f"{part}.jsonl").read_text().splitlines()
+        Path(f"{part}.jsonl").write_text("\n".join([*lines[:2], '{"messages": []}', *lines[2:]]))
+    cli.main(["validate", "c.yaml", "data.max_bad_rows=0.1", "data.max_seq_len=104", "data.truncation=right"])
+    out = capsys.readouterr().out
+    for part in ("train", "valid"):
+        dropped = f'data.{part}[0]: 1 of {FIRST_ROWS + 1} rows dropped (data.max_bad_rows); first {part}.jsonl:3: empty "messages"'
+        assert f"\n        {dropped}\n" in out
+    assert re.search(r"\n        data\.train\[0\]: \d+ x cut at data\.max_seq_len, first in train\.jsonl:\d+\n", out)
+
+
+def test_every_recipe_says_it_too():
+    for path in RECIPES.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert ("log.print(summary(loader, valid))" in text) == ("build_datasets(" in text), path
 
 
 def test_the_groups_are_those_of_the_recipes():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from torchft import answers as answers_module
 from torchft import chat
 from torchft.adapter import save_adapter
-from torchft.answers import answer_examples, exact_match
+from torchft.answers import Answer, answer_examples, exact_match, shortened
 from torchft.chat import load_model, main_generate
 from torchft.data.chat_template import ChatTemplate, load_template
 from torchft.data.formats import Example
@@ -32,6 +32,7 @@ from torchft.generate import generate
 from torchft.models import build_model
 from torchft.modules.lora import LoraSpec, add_lora, init_lora
 from torchft.modules.transformer import CausalLM
+from torchft.names import RECIPES
 
 LLAMA = {
     "model_type": "llama",
@@ -222,6 +223,17 @@ def test_exact_match_counts_answers_that_are_the_expected_ones(folder, batch_siz
     assert exact_match(model, tokenizer, template, [], **options) == (0.0, [])
     with pytest.raises(UserError, match="file:7"):
         answer_examples(model, tokenizer, template, [Example(None, None, "text", "file:7")], **options)
+
+
+def test_long_texts_are_shown_in_part_and_compared_whole():
+    assert shortened("a\nb\n") == "a\nb\n" and shortened("") == "" and shortened("x" * 500) == "x" * 500
+    lines = "\n".join(f"line {number}" for number in range(20))
+    assert shortened(lines) == "line 0\nline 1\nline 2\nline 3\nline 4 ... (115 more characters)"
+    assert shortened("x" * 2000 + "\n") == "x" * 500 + " ... (1,500 more characters)"
+    assert shortened("\n" * 9) == "\n" * 9  # nothing but blanks is left out of nothing
+    assert Answer("", lines, lines).right and not Answer("", f"{lines[:-1]}8", lines).right
+    for path in RECIPES.glob("*.py"):
+        assert "{answer.expected}" not in path.read_text(encoding="utf-8"), path
 
 
 def test_an_expected_answer_holds_its_tool_calls_and_reasoning(folder, monkeypatch):

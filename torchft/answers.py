@@ -17,6 +17,7 @@ from torchft.generate import generate
 from torchft.modules.transformer import CausalLM
 from torchft.ranks import rank
 
+SHOWN_LINES, SHOWN_CHARACTERS = 5, 500  # of a prompt or an expected answer on the terminal
 BAR_AFTER = 2.0  # seconds that answers may take without a progress bar
 
 
@@ -31,6 +32,13 @@ class Answer(NamedTuple):
     def right(self) -> bool:
         """Whether the answer is the expected one, blanks at the ends aside."""
         return self.answer.strip() == self.expected.strip()
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, to be shown below others, and how much is left out: nothing of a short one."""
+    head = "\n".join(text.split("\n")[:SHOWN_LINES])[:SHOWN_CHARACTERS]
+    left = len(text.rstrip()) - len(head)
+    return f"{head} ... ({left:,} more characters)" if left > 0 else text
 
 
 def first_conversations(dataset: Dataset | None, template: ChatTemplate | None, count: int) -> list[Example]:

@@ -167,11 +167,25 @@ def show_data(config: str, overrides: list[str], examples: int, recipe: str = ""
     tokenizer, template = load_text(cfg)
     loader, valid = load_data(cfg, kind, tokenizer, template)
     print(report(loader.dataset, loader))
+    if warning := check_positions(cfg):
+        print(warning)
     if valid is not None:
         print("\nheld-out rows, for valid_loss and answers")
         print(report(valid))
     for index in range(min(examples, len(loader.dataset))):
         print("\n" + render_example(loader.dataset, index, tokenizer, color=wants_color(sys.stdout)))
+
+
+def check_positions(cfg: WholeOptions) -> str:
+    """The warning of a run where data.max_seq_len is more than the model has seen, or why nothing can be said of it, or ""."""
+    from torchft.fit import long_rows
+    from torchft.models import model_config
+    from torchft.models import read_config as read_model_config
+
+    try:
+        return long_rows(model_config(read_model_config(resolve_path(cfg.model.path))), cfg.data.max_seq_len)
+    except ValueError as error:  # of a model that is not supported the data is shown all the same
+        return f"not checked: whether data.max_seq_len={cfg.data.max_seq_len} is beyond the model's positions ({error})"
 
 
 def load_text(cfg: WholeOptions) -> tuple["Tokenizer", "ChatTemplate | None"]:
@@ -212,10 +226,12 @@ def check_data(
     cfg: WholeOptions, kind: str, tokenizer: "Tokenizer", template: "ChatTemplate | None"
 ) -> tuple["Dataset", "Dataset | None"]:
     """Tokenises all data and prints what the run would read. Returns (training data, validation data)."""
+    from torchft.data.report import summary
+
     loader, valid = load_data(cfg, kind, tokenizer, template)
     held_out = 0 if valid is None else len(valid)
     print(f"data    ok: {counted(len(loader.dataset), 'example')}, {held_out:,} held out")
-    print(textwrap.indent(loader.summary(), INDENT), flush=True)
+    print(textwrap.indent(summary(loader, valid), INDENT), flush=True)
     return loader.dataset, valid
 
 

@@ -1,11 +1,14 @@
 """What of a conversation is trained: masks written by hand."""
 
 import pytest
-from chat_setups import ASK, CALL, CHATML, TOOL, Setups, custom, say
+from chat_setups import ASK, CALL, CHATML, TOOL, Setup, Setups, custom, say
 from tokenizers_for_tests import CONTROL
 
 from torchft.data.answers import EMPTY, NO_START, NOT_VERBATIM, REPEATED
 from torchft.data.chat_template import SHIPPED
+from torchft.data.formats import to_example
+from torchft.data.layout import Layout
+from torchft.data.rows import Row
 from torchft.data.tokenize import NO_END
 
 TEMPLATES = list(CONTROL)
@@ -283,6 +286,16 @@ def test_mask_of_content_in_parts(setups):
     assert setup.marked([{"role": "user", "content": parts}, say("One")]).endswith(
         "<start_of_turn>model\n[[One<end_of_turn>]]\n"
     )
+
+
+def test_rows_with_content_in_parts_are_what_transformers_makes_of_them(setups):
+    """Its template walks through the parts; ours gets their text in one."""
+    chat = [ASK, say([{"type": "text", "text": "One"}, {"type": "text", "text": " two"}, {"type": "text", "text": " three"}])]
+    walking = "{{ m.content if m.content is string else m.content | map(attribute='text') | join }}"
+    setup = Setup(setups("qwen2_5").tokenizer.path, CHATML.replace("{{ m.content }}", walking), setups("qwen2_5"))
+    row = Row("t.jsonl:1", {"messages": chat})
+    read = to_example(row, Layout("messages", {"messages": "messages"})).messages
+    assert read[1]["content"] == "One two three" and setup(read).ids == setup.ids(chat) == setup(chat).ids
 
 
 def test_shipped_templates_train_answers_and_their_ends(tmp_path):

@@ -107,7 +107,7 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_tomorrow(build, b
     assert built[0].reports[0].notes == {"the chat template's date is 26 Jul 2024, whatever the day": 2}
     assert byte_model[0].decode(built[0].ids.tolist()).startswith("26 Jul 2024")
     shouting = ChatTemplate(source.replace("m.content", "m.content | upper"), byte_model[1].special)
-    with pytest.raises(UserError, match=r"1 nothing to train: ((?!date).)*\n"):  # which the date is no reason for
+    with pytest.raises(UserError, match=r"1 nothing to train: ((?!date).)*$"):  # which the date is no reason for
         build([row("q", "a")], template=shouting)
     assert not build(ROWS, max_bad_rows=0.5).reports[0].notes
 

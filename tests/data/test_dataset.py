@@ -13,9 +13,12 @@ from byte_tokenizer import TEMPLATE, row, texts
 from chat_setups import ASK, say
 
 from torchft.config import DataConfig, SourceConfig
+from torchft.data.account import SourceReport, refuse_too_many
 from torchft.data.chat_template import load_template
 from torchft.data.dataset import build_dataset, hold_out
+from torchft.data.layout import Layout
 from torchft.data.report import report
+from torchft.data.rows import BadRow
 from torchft.data.tokenizer import load_tokenizer
 from torchft.errors import UserError
 
@@ -48,12 +51,14 @@ def test_too_many_bad_rows_are_refused_with_places_and_counts(build):
     with pytest.raises(UserError) as caught:
         build(rows, max_bad_rows=0.74)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("data.train[0]: 9 of 12 rows of ")
-    assert lines[0].endswith("cannot be used (75.0%, data.max_bad_rows allows 74%):")
-    assert lines[1].startswith('  7 null "answer": ') and lines[1].count("t.jsonl:") == 5 and lines[1].endswith("...")
-    assert "t.jsonl:4;" in lines[1]
-    assert lines[2].endswith("0t.jsonl:11: int") and lines[3].endswith("0t.jsonl:12: str")
-    assert "data.max_bad_rows" in lines[4]
+    assert lines[0] == (
+        "data.train[0]: 9 of 12 rows cannot be used (75.0%, data.max_bad_rows allows 74%): mend the rows, or raise "
+        "data.max_bad_rows to drop them"
+    )
+    assert lines[1].startswith("the first is /") and lines[1].endswith("/0t.jsonl:4")
+    assert str(caught.value).count("/0t.jsonl") == 1
+    assert lines[2:] == ['  7 null "answer": line 4, 5, 6, 7, 8 ...', '  1 "answer" is not text: line 11: int',
+                         "  1 row is not a JSON object: line 12: str"]  # fmt: skip
     assert build(rows, max_bad_rows=0.75).reports[0].reasons == Counter(
         {'null "answer"': 7, '"answer" is not text': 1, "row is not a JSON object": 1}
     )
@@ -66,20 +71,34 @@ def test_rows_beyond_the_limit_are_answered_with_what_to_set_it_to(build, policy
     rows = [row(question, "a" * n) for n in (70, 71, 72, 73, 74, 200, 75)]
     with pytest.raises(UserError) as caught:
         build(rows, truncation=policy)
-    advice = str(caught.value).splitlines()[-2]
+    lines = str(caught.value).splitlines()
     longest = len(question) + 200 + 3  # <b>, <sep> and <e>
-    if policy == "drop":
-        assert advice == (
-            f"the longest row that was tokenised has {longest} tokens: raise data.max_seq_len, or cut long rows with "
-            "data.truncation=right"
-        )
-    else:
-        assert advice == f"the longest row that was tokenised has {longest} tokens: raise data.max_seq_len"
+    cut = "cut long rows with data.truncation=right, or " * (policy == "drop")
+    assert lines[0].endswith(
+        "allows 0%; none is left): raise data.max_seq_len (the longest row that was tokenised has "
+        f"{longest} tokens), or {cut}mend the rows"
+    )
+    sizes = ", ".join(f"{n} ({len(question) + 3 + size} tokens)" for n, size in enumerate((70, 71, 72, 73, 74), 1))
+    assert lines[2].endswith(f": line {sizes} ...") and len(lines) == 3
 
 
 def test_a_row_too_long_to_be_counted_gets_the_advice_without_a_number(build):
-    with pytest.raises(UserError, match=r"100,001 characters\nraise data\.max_seq_len, or cut .*\.truncation=right\n"):
+    with pytest.raises(UserError, match=r"raise data\.max_seq_len, or cut .*=right, or mend(?s:.*)100,001 characters"):
         build([row("q", "a" * 100_000)])
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "word"), [("org/name:main", "[test]", "row"), ("/a:1: b/t:2.jsonl", "", "line"), ("t.parquet", "", "row")]
+)
+def test_refused_rows_are_named_by_their_number_whatever_the_name_is(name, split, word):
+    report = SourceReport(name, Layout("text", {"text": "text"}), read=3)
+    for number in (7, 8, 9):
+        report.drop(f"{name}{split}:{number}", BadRow("bad", "in line 1\nof it: x" if number < 9 else ""))
+    with pytest.raises(UserError) as caught:
+        refuse_too_many(report, DataConfig(), "data.train[0]")
+    assert str(caught.value).split("\n", 1)[1] == (
+        f"the first is {name}{split}:7\n  3 bad: {word} 7 (in line 1\nof it: x), 8 (in line 1\nof it: x), 9"
+    )
 
 
 @pytest.mark.parametrize("name, content", [("t.jsonl", ""), ("t.jsonl", " \n\n"), ("t.json", "[]"), ("t.csv", "a,b\n")])
@@ -89,7 +108,7 @@ def test_an_empty_source_is_called_empty(build, name, content):
 
 
 def test_a_source_without_a_usable_row_is_refused_whatever_the_threshold(build):
-    with pytest.raises(UserError, match="1 of 1 rows"):
+    with pytest.raises(UserError, match="1 of 1 row cannot be used .*; none is left\\): mend the rows\n"):
         build([row("q", "")], max_bad_rows=1.0)
     with pytest.raises(
         UserError, match=r"data\.train\[1\]: none of the 2 rows .* can be read; the first, .*1t\.jsonl:1: broken"

@@ -68,6 +68,16 @@ def test_messages_keep_every_key_and_tool_calls_get_one_shape():
     }
 
 
+def test_content_in_parts_of_text_is_joined():
+    turns = [{"role": "system", "content": []}, {"role": "user", "content": "q"}, {"role": "assistant", "content": " a b"}]
+    cached = {"type": "text", "text": " ", "cache_control": {"type": "x"}}
+    parts = [{"type": "text", "text": " a"}, cached, {"type": "text", "text": "b"}]
+    wanted = [turns[0] | {"content": ""}, *turns[1:]]
+    assert example({"messages": [turns[0], turns[1], turns[2] | {"content": parts}]}).messages == wanted
+    calling = {"role": "assistant", "content": [], "tool_calls": [CALL]}
+    assert example({"messages": [turns[1], calling]}).messages[1]["content"] == ""
+
+
 def test_tools_come_as_list_or_text_bare_or_wrapped():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     wrapped = [{"type": "function", "function": TOOL}]
@@ -113,6 +123,7 @@ def test_text_rows_keep_their_text():
     assert example({"text": " a\n"}) == Example(None, None, " a\n", "t.jsonl:7")
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 BAD_ROWS = [
     ("instruct", {"instruction": "q", "output": None}, 'null "output"'),
@@ -141,7 +152,12 @@ BAD_ROWS = [
     ("messages", {"messages": [U, {"role": "assistant", "content": None}]}, "null or no content in turn of assistant"),
     ("messages", {"messages": [U, {"role": "assistant"}]}, "null or no content in turn of assistant"),
     ("messages", {"messages": [{"role": "user", "content": 3}, A]}, "content in turn of user is not text: int"),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, A]}, "is not text: list"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, IMAGE]}, A]},
+     r"a part of the content in turn of user is not text: type 'image_url' in messages\[0\]; only type text"),
+    ("messages", {"messages": [U, A | {"content": [{"text": "a"}]}]}, "turn of assistant is not text: type None"),
+    ("messages", {"messages": [U, {"role": "assistant", "content": ["a"]}]}, "turn of assistant is not text: a str in"),
+    ("messages", {"messages": [U, A | {"content": [{"type": "text"}]}]}, "a text part .* is not text: NoneType"),
+    ("messages", {"messages": [U, {"role": "assistant", "content": []}]}, "blank content in turn of assistant"),
     ("messages", {"messages": [U, {"role": "assistant", "content": "\n"}]}, "blank content in turn of assistant"),
     ("messages", {"messages": [{"role": "system", "content": "s"}] * 2 + [U, A]}, "more than one system turn"),
     ("messages", {"messages": [U, {"role": "system", "content": "s"}, A]}, "a system turn that is not the first"),

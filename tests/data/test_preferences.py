@@ -118,7 +118,7 @@ def test_bad_pairs_are_counted_once_and_named_by_line(tmp_path: Path) -> None:
     assert {reason: places[0].split("/")[-1].split(": ")[0] for reason, places in found.places.items()} == expected
     assert found.reasons.total() == len(BAD) and found.used == 1
     assert "1 chosen and rejected are equal" in report(dataset)
-    with pytest.raises(UserError, match=r"12 of 13 rows .* cannot be used(?s:.*)chosen and rejected are equal: .*rows.jsonl:2"):
+    with pytest.raises(UserError, match=r"12 of 13 rows cannot be used(?s:.*)/rows.jsonl:2(?s:.*)chosen and rejected are equal: line 2"):
         build(tmp_path, [PAIRS["text"], *BAD.values()], max_seq_len=64, max_bad_rows=0.1)
 
 

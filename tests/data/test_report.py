@@ -1,14 +1,17 @@
 """The account that `tune data` prints, and examples with what is trained marked."""
 
 import io
+import json
 import re
 
 import numpy as np
+import pytest
 from byte_tokenizer import row
 
-from torchft.config import DataConfig, RunConfig
+from torchft.config import DataConfig, RunConfig, SourceConfig
+from torchft.data.dataset import build_dataset
 from torchft.data.loader import Loader
-from torchft.data.report import render_example, report, wants_color
+from torchft.data.report import render_example, report, summary, wants_color
 
 
 def test_the_report_accounts_for_every_row_and_token(build, tmp_path):
@@ -32,7 +35,7 @@ data.train[0]  0t.jsonl
                 0t.jsonl:8
                 0t.jsonl:9
                 and 2 more
-  note        1 x cut at data.max_seq_len
+  note        1 x cut at data.max_seq_len, first in 0t.jsonl:12
   not read    columns extra
   tokens      42 in 5 examples, 27 trained (64.3%)
   length      5 to 16 tokens, median 7, 90% up to 16, 99% up to 16
@@ -86,3 +89,47 @@ def test_colour_is_for_terminals_without_no_color(monkeypatch):
     assert wants_color(Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not wants_color(Terminal())
+
+
+def test_a_run_is_told_of_rows_dropped_cut_and_noted_with_the_first_place(build, tmp_path):
+    rows = [row("q", "a"), row("q", None), row("q", "x" * 40), row("q", "x" * 41), row(5, "a"), row("q", None)]
+    cfg = DataConfig(max_seq_len=16)
+    options = {"max_seq_len": 16, "max_bad_rows": 0.7, "truncation": "right"}
+    train = build(rows, [row("q", "a")], **options)
+    loader = Loader(train, cfg, RunConfig(global_batch_size=2, micro_batch_size=2))
+    told = [
+        'data.train[0]: 3 of 6 rows dropped (data.max_bad_rows); first 0t.jsonl:2: null "answer"',
+        "data.train[0]: 2 x cut at data.max_seq_len, first in 0t.jsonl:3",
+    ]
+    rest = summary(loader, None).replace(f"{tmp_path}/", "").removeprefix(loader.summary())
+    assert rest.splitlines()[1:] == told
+    held_out = train.select(np.array([0]))  # of the same rows, which are told of once
+    assert summary(loader, held_out) == summary(loader, None)
+    valid = build(rows, key="data.valid", **options)
+    told += [line.replace("train", "valid") for line in told]
+    assert summary(loader, valid).replace(f"{tmp_path}/", "").splitlines()[3:] == told
+    clean = Loader(build([row("q", "a")]), cfg, RunConfig())
+    assert summary(clean, None) == clean.summary()
+
+
+def verdicts(tmp_path, byte_model, labels):
+    rows = [{"prompt": f"q{i}", "completion": "a", "label": label} for i, label in enumerate(labels)]
+    (tmp_path / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = DataConfig(train=[SourceConfig(path=str(tmp_path / "k.jsonl"))], max_seq_len=64)
+    return build_dataset(cfg.train, cfg, *byte_model, kind="verdicts", use_cache=False)
+
+
+def test_verdicts_are_shown_beside_examples_and_counted(byte_model, tmp_path):
+    dataset = verdicts(tmp_path, byte_model, [True, False, False])
+    shown = [render_example(dataset, index, byte_model[0], color=False).splitlines()[0] for index in range(3)]
+    assert [line.rsplit("; ", 1)[1] for line in shown] == ["a good answer ---", "a bad answer ---", "a bad answer ---"]
+    text = report(dataset, Loader(dataset, DataConfig(), RunConfig()))
+    assert "  verdicts    1 good, 2 bad\n" in text and "WARNING" not in text
+
+
+@pytest.mark.parametrize(("label", "word"), [(True, "good"), (False, "bad")])
+def test_verdicts_of_one_kind_are_told(label, word, byte_model, tmp_path):
+    dataset = verdicts(tmp_path, byte_model, [label] * 3)
+    said = f"WARNING: data.train: all 3 answers are {word} ones, and KTO learns from good and bad ones: look at the labels"
+    loader = Loader(dataset, DataConfig(), RunConfig())
+    assert said in report(dataset, loader).splitlines() and said in summary(loader, None).splitlines()

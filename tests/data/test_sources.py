@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from torchft.config import SourceConfig
+from torchft.config import DataConfig, SourceConfig
+from torchft.data.dataset import build_dataset
 from torchft.data.rows import BadRow, parse_json
 from torchft.data.sources import SUFFIXES, hash_source, read_source
 from torchft.errors import UserError
@@ -223,8 +224,30 @@ def test_a_hub_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch, kind)
 
     monkeypatch.chdir(tmp_path)
     fake_datasets(monkeypatch, load_dataset)
-    with pytest.raises(UserError, match=r"data\.valid\[1\]: the hub dataset org/name, split 'tset'.*Unknown split"):
+    said = r"data\.valid\[1\]\.path: there is no file org/name here, and the hub dataset org/name, split 'tset'.*Unknown split"
+    with pytest.raises(UserError, match=said):
         read_source(SourceConfig(path="org/name", split="tset"), "data.valid[1]")
+
+
+def test_a_name_that_is_no_file_is_said_to_be_looked_for_on_the_hub(byte_model, tmp_path, monkeypatch, capsys):
+    def load_dataset(*args, **kwargs):
+        assert "data.train[0].path: there is no file org/name here" in capsys.readouterr().out or quiet
+        raise HubError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    fake_datasets(monkeypatch, load_dataset)
+    sources = [SourceConfig(path="org/name")]
+    for quiet in (False, True):  # quiet: on all processes but one
+        with pytest.raises(UserError, match="no network"):
+            build_dataset(sources, DataConfig(train=sources), *byte_model, quiet=quiet)
+        assert capsys.readouterr().out == ""
+
+
+def test_a_file_named_without_its_ending_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_data.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"no such file: my_data \(.*\); did you mean my_data\.jsonl\?$"):
+        read_source(SourceConfig(path="my_data"), "data.train[0]")
 
 
 @pytest.mark.parametrize(
@@ -235,6 +258,8 @@ def test_a_hub_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch, kind)
         ("missing.jsonl", "no such file: missing.jsonl"),
         ("./missing", "no such file"),
         ("a/b/c", "no such file"),
+        ("my_data", r"no such file: my_data \(a hub dataset is written org/name or org/name:subset\)$"),
+        ("data:main", "no such file"),
         ("notes.docx", r"unknown kind of file '\.docx'; known are \.json, \.jsonl"),
     ],
 )

@@ -8,15 +8,14 @@ Every row read is either used or dropped under a reason, which counts it once; a
 needs. Order, packing and batches are not decided here (packing.py, loader.py).
 """
 
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from torchft.config import DataConfig, SourceConfig
+from torchft.data.account import SourceReport, refuse_too_many
 from torchft.data.cache import cache_key, cache_note, hash_arrays, load_arrays, store_arrays
 from torchft.data.chat_template import ChatTemplate
 from torchft.data.formats import Example, to_example
@@ -25,45 +24,12 @@ from torchft.data.packing import HOLD_OUT, shuffled
 from torchft.data.preferences import preference_samples, read_preference
 from torchft.data.rows import BadRow, Row
 from torchft.data.samples import Sample, make_samples
-from torchft.data.sources import read_source
+from torchft.data.sources import announce_hub, read_source
 from torchft.data.tokenizer import Tokenizer
 from torchft.errors import UserError
 
-FIRST = 5  # places named per reason
 ARRAYS = ("ids", "supervised", "starts", "lengths", "source", "row")
 OF_SAMPLES = ("starts", "lengths", "source", "row", "parts", "desirable")
-
-
-@dataclass
-class SourceReport:
-    """What became of the rows of one source."""
-
-    name: str  # the path in the config
-    layout: Layout
-    read: int = 0  # rows
-    used: int = 0  # rows with at least one sample
-    reasons: Counter[str] = field(default_factory=Counter)  # rows dropped: reason -> how many
-    places: dict[str, list[str]] = field(default_factory=dict)  # reason -> "file:line: detail" of the first few
-    notes: Counter[str] = field(default_factory=Counter)  # what happened to rows that are used
-    longest_dropped: int = 0  # tokens of the longest row that was dropped for its length; 0 = none was counted
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return vars(self) | {"layout": vars(self.layout)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "SourceReport":
-        """The report that `to_json` took apart."""
-        counts = {name: Counter(values[name]) for name in ("reasons", "notes")}
-        return cls(**values | counts | {"layout": Layout(**values["layout"])})
-
-    def drop(self, where: str, error: BadRow) -> None:
-        """Count a row as dropped."""
-        self.reasons[error.reason] += 1
-        self.longest_dropped = max(self.longest_dropped, error.num_tokens)
-        places = self.places.setdefault(error.reason, [])
-        if len(places) < FIRST:
-            places.append(f"{where}: {error.detail}" if error.detail else where)
 
 
 @dataclass
@@ -148,6 +114,8 @@ def build_dataset(
     """
     if not sources:
         raise UserError(f"{key}: no data; name a file or a hub dataset, e.g. {key}=train.jsonl")
+    if not quiet:
+        announce_hub(sources, key)
     entry = cache_key(sources, data_cfg, tokenizer, template, key, kind) if use_cache else ""
     stored = load_arrays(entry, quiet) if use_cache else None
     if stored is not None:
@@ -186,7 +154,7 @@ def _tokenize_sources(
                 samples += made
                 owners += [(number, index)] * len(made)
                 bar.update()
-            _check_bad_rows(report, data_cfg, heres[number])
+            refuse_too_many(report, data_cfg, heres[number])
     lengths = np.array([len(sample.ids) for sample in samples], np.int64)
     where = np.array(owners, np.int64)
     return Dataset(
@@ -221,8 +189,7 @@ def _count_samples(
     except BadRow as error:
         report.drop(row.where, error)
         return []
-    report.used += 1
-    report.notes.update(notes)
+    report.use(row.where, notes)
     return samples
 
 
@@ -239,40 +206,6 @@ def _layout(rows: list[Row], source: SourceConfig, template: ChatTemplate | None
             f"set data.chat_template to chatml, alpaca or a .jinja file"
         )
     return layout
-
-
-def _check_bad_rows(report: SourceReport, data_cfg: DataConfig, here: str) -> None:
-    bad = report.read - report.used
-    assert bad == report.reasons.total(), (bad, report.reasons)
-    if report.used and bad <= data_cfg.max_bad_rows * report.read:
-        return
-    lines = [
-        f"  {count:,} {reason}: {'; '.join(report.places[reason])}{' ...' if count > FIRST else ''}"
-        for reason, count in report.reasons.most_common()
-    ]
-    raise UserError(
-        "\n".join(
-            [
-                f"{here}: {bad:,} of {report.read:,} rows of {report.name} cannot be used "
-                f"({100 * bad / report.read:.1f}%, data.max_bad_rows allows {100 * data_cfg.max_bad_rows:g}%"
-                f"{'' if report.used else '; none is left'}):",
-                *lines,
-                *_length_advice(report, data_cfg),
-                "mend the rows, or change the options named, or raise data.max_bad_rows to drop them",
-            ]
-        )
-    )
-
-
-def _length_advice(report: SourceReport, data_cfg: DataConfig) -> list[str]:
-    """A line on what to do about rows that are too long, if there are any."""
-    if not any("data.max_seq_len=" in reason for reason in report.reasons):
-        return []
-    known = (
-        f"the longest row that was tokenised has {report.longest_dropped:,} tokens: " if report.longest_dropped else ""
-    )
-    cut = ", or cut long rows with data.truncation=right" if data_cfg.truncation == "drop" else ""
-    return [f"{known}raise data.max_seq_len{cut}"]
 
 
 def build_datasets(

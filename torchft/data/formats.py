@@ -180,6 +180,8 @@ def from_openai(values: dict[str, Any], columns: dict[str, str]) -> list[dict[st
             message["content"] = "" if message.get("content") is None else message["content"]
         else:
             message.pop("tool_calls", None)
+        if isinstance(message.get("content"), list):
+            message["content"] = _join_parts(message["content"], role, at)
         _check_content(message, at)
         _check_tree({name: value for name, value in message.items() if name != "content"}, at)
         messages.append(message)
@@ -201,6 +203,22 @@ def from_sharegpt(values: dict[str, Any], columns: dict[str, str]) -> list[dict[
             message = {"role": "assistant", "content": "", "tool_calls": _tool_calls(calls, at)}
         messages.append(message)
     return messages
+
+
+def _join_parts(parts: list[Any], role: str, at: str) -> str:
+    """The text of OpenAI's content parts, `[{"type": "text", "text": "..."}, ...]`, with nothing between two of them: what
+    templates that walk through the parts write, which get the text here.
+    """
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            what = f"type {kind!r}"[:40] if isinstance(part, dict) else f"a {type(part).__name__}"
+            said = f"{what} in {at}; only type text can be trained on"
+            raise BadRow(f"a part of the content in turn of {role} is not text", said)
+        _check_string(part.get("text"), f"a text part of the content in turn of {role}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _check_content(message: dict[str, Any], at: str) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from torchft.config import DataConfig
+from torchft.data.account import REFUSED
 from torchft.data.chat_template import ChatTemplate, RowError
 from torchft.data.formats import Example, check_conversation, from_openai, from_sharegpt, optional_text, read_text, read_tools
 from torchft.data.layout import Layout
 from torchft.data.rows import BadRow, Row
-from torchft.data.samples import Sample, refuse_huge
-from torchft.data.sandbox import NOW
+from torchft.data.samples import Sample, check_tokenized, refuse_huge, row_notes
 from torchft.data.tokenize import Tokenized, tokenize_chat
 from torchft.data.tokenizer import Tokenizer
 from torchft.errors import UserError
@@ -136,8 +136,7 @@ def preference_samples(
     """
     done = [_tokenize(example, side, data_cfg, tokenizer, template) for side in (example.messages, example.rejected) if side]
     notes = sum((side.notes for side in done), Counter())
-    if template.is_dated:
-        notes[f"the chat template's date is {NOW:%d %b %Y}, whatever the day"] += 1
+    notes += row_notes(done[0], template)  # of the prompt, which both answers have
     if kind == "pairs":
         samples = [_join(*done, data_cfg)]
     else:
@@ -158,11 +157,10 @@ def _tokenize(
         options = {"train_on": data_cfg.train_on, "first": example.num_prompt}
         done = tokenize_chat(messages, example.tools, tokenizer, template, **options)
     except RowError as error:
-        raise BadRow("the chat template refuses it", str(error)) from None
+        raise BadRow(REFUSED, str(error)) from None
     except UserError as error:
         raise UserError(f"{example.where}: {error}") from None
-    if not any(done.trained[1:]):
-        raise BadRow("nothing to train", ", ".join(done.notes))
+    check_tokenized(done)
     return done
 
 

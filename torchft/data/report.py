@@ -1,6 +1,6 @@
 """What became of the data, in words and in colour: behind `tune data CONFIG`.
 
-    print(report(dataset, loader))
+    print(report(dataset, loader))          # all of it; a run prints its summary(loader, valid)
     print(render_example(dataset, 0, tokenizer, color=wants_color(sys.stdout)))
 
 The report accounts for every row read, with file and line of what was dropped. An example is shown as the model sees
@@ -13,7 +13,8 @@ from typing import TextIO
 import numpy as np
 
 from torchft.checks import counted
-from torchft.data.dataset import FIRST, Dataset, SourceReport
+from torchft.data.account import FIRST, SourceReport, brief
+from torchft.data.dataset import Dataset
 from torchft.data.loader import Loader
 from torchft.data.tokenizer import Tokenizer
 
@@ -34,14 +35,41 @@ def report(dataset: Dataset, loader: Loader | None = None) -> str:
         weight = dataset.weights[number]
         if weight != 1:
             lines.append(f"  weight      {weight:g}: a row is used {weight:g} times per epoch on average")
+        if dataset.desirable is not None:
+            good = int(dataset.desirable[mine].sum())
+            lines.append(f"  verdicts    {good:,} good, {int(mine.sum()) - good:,} bad")
         lines += _token_lines(dataset.lengths[mine], dataset.num_supervised[mine])
     if len(dataset.reports) > 1:
         lines += ["all together", *_token_lines(dataset.lengths, dataset.num_supervised)]
     if dataset.cache_note:
         lines.append(f"tokens read {dataset.cache_note}")
     if loader is not None:
-        lines += loader.summary().splitlines()
+        lines += [*loader.summary().splitlines(), *_one_sided(dataset)]
     return "\n".join(lines)
+
+
+def summary(loader: Loader, valid: Dataset | None) -> str:
+    """What a run says of its data: what the loader planned, and a line each on rows dropped, rows cut and other notes.
+
+    valid: validation data. Held-out rows of the training data were read, and are told of, with it.
+    """
+    datasets = [loader.dataset, *([valid] if valid is not None and valid.key != loader.dataset.key else [])]
+    lines = [
+        line
+        for dataset in datasets
+        for number, source in enumerate(dataset.reports)
+        for line in brief(source, f"{dataset.key}[{number}]")
+    ]
+    return "\n".join([loader.summary(), *lines, *_one_sided(loader.dataset)])
+
+
+def _one_sided(dataset: Dataset) -> list[str]:
+    """A warning where all verdicts are the same."""
+    if dataset.desirable is None or dataset.desirable.any() != dataset.desirable.all():
+        return []
+    which = "good" if dataset.desirable.all() else "bad"
+    said = f"all {counted(len(dataset), 'answer')} are {which} ones, and KTO learns from good and bad ones: look at the labels"
+    return [f"WARNING: {dataset.key}: {said}"]
 
 
 def _source_lines(source: SourceReport) -> list[str]:
@@ -56,7 +84,8 @@ def _source_lines(source: SourceReport) -> list[str]:
         lines.append(f"  dropped     {count:,} {reason}")
         lines += [f"                {place}" for place in source.places[reason]]
         lines += [f"                and {count - FIRST:,} more"] * (count > FIRST)
-    lines += [f"  note        {count:,} x {note}" for note, count in source.notes.most_common()]
+    for note, count in source.notes.most_common():
+        lines.append(f"  note        {count:,} x {note}, first in {source.noted[note]}")
     if source.layout.unused:
         lines.append(f"  not read    columns {', '.join(source.layout.unused)}")
     return lines
@@ -80,7 +109,8 @@ def render_example(dataset: Dataset, index: int, tokenizer: Tokenizer, *, color:
     # a token is trained if the position before it is supervised; the first token never is
     trained = [False, *dataset.supervised[start : start + length - 1].tolist()]
     layout = "" if dataset.parts is None else "; the prompt, its end twice: before chosen and before rejected"
-    header = f"--- {dataset.example(index).where}: {counted(length, 'token')}, {sum(trained):,} trained{layout} ---"
+    verdict = "" if dataset.desirable is None else f"; a {'good' if dataset.desirable[index] else 'bad'} answer"
+    header = f"--- {dataset.example(index).where}: {counted(length, 'token')}, {sum(trained):,} trained{layout}{verdict} ---"
     control = set(tokenizer.special_tokens.values())
     kinds = [(on, color and token in control) for token, on in zip(ids, trained, strict=True)]
     borders = [0, *(i for i in range(1, length) if kinds[i] != kinds[i - 1]), length]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchft.config import DataConfig
+from torchft.data.account import LOST_CALL, REFUSED
 from torchft.data.chat_template import ChatTemplate, RowError
 from torchft.data.formats import Example
 from torchft.data.rows import BadRow
@@ -19,6 +20,7 @@ from torchft.data.tokenize import Tokenized, tokenize_chat, tokenize_text
 from torchft.data.tokenizer import Tokenizer
 from torchft.errors import UserError
 
+NO_TOOLS = "the chat template does not write the tools"
 MAX_TOKEN_CHARS = 128  # characters in the longest token of vocabularies in use: Llama 3's run of blanks
 
 
@@ -47,14 +49,26 @@ def make_samples(
             refuse_huge(example.messages, data_cfg.max_seq_len)
         done = tokenize_chat(example.messages, example.tools, tokenizer, template, data_cfg.train_on)
     except RowError as error:
-        raise BadRow("the chat template refuses it", str(error)) from None
+        raise BadRow(REFUSED, str(error)) from None
     except UserError as error:
         raise UserError(f"{example.where}: {error}") from None
+    check_tokenized(done)
+    done.notes += row_notes(done, template)
+    return _truncate(done, data_cfg)
+
+
+def row_notes(done: Tokenized, template: ChatTemplate) -> Counter[str]:
+    """What the template makes of a whole row, however many answers it has."""
+    dated = f"the chat template's date is {NOW:%d %b %Y}, whatever the day"
+    return Counter({NO_TOOLS: int(done.no_tools), dated: int(template.is_dated)})
+
+
+def check_tokenized(done: Tokenized) -> None:
+    """Raises BadRow for a conversation that lost a tool call, which would be trained as an empty answer, or without answers."""
+    if done.lost:
+        raise BadRow(LOST_CALL, done.lost)
     if not any(done.trained[1:]):
         raise BadRow("nothing to train", ", ".join(done.notes))
-    if template.is_dated:
-        done.notes[f"the chat template's date is {NOW:%d %b %Y}, whatever the day"] += 1
-    return _truncate(done, data_cfg)
 
 
 def refuse_huge(messages: list[dict[str, Any]], limit: int) -> None:

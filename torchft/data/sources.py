@@ -23,7 +23,7 @@ from torchft.data.rows import BadRow, Row, parse_json, strict_decoder
 from torchft.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # name, org/name or org/name:subset
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # a name without org is a misspelt file far more often
 EXTRA = 'pip install "torchft-recipes[data]"'
 AFTER_ROWS = {"]": "expected ',' or ']' after a row", "}": 'expected "}": beside "data" no other key is read'}
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -80,11 +80,27 @@ def local_path(source: SourceConfig, key: str) -> Path | None:
     if not path.is_file():
         if not looks_local and HUB_NAME.fullmatch(name):
             return None
-        raise UserError(f"{key}.path: no such file: {name} (a hub dataset is written org/name or org/name:subset)")
+        raise UserError(f"{key}.path: no such file: {name} (a hub dataset is written org/name or org/name:subset){_near(name)}")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{key}.path: {name}: unknown kind of file {path.suffix!r}; known are {', '.join(SUFFIXES)}")
     _check_readable(path, name, key)
     return path
+
+
+def _near(name: str) -> str:
+    """What a file's name without its ending was meant to be."""
+    return next((f"; did you mean {name}{end}?" for end in SUFFIXES if resolve_path(name + end).is_file()), "")
+
+
+def announce_hub(sources: list[SourceConfig], key: str) -> None:
+    """Prints which sources are no files: before the hub's own lines, and its minutes of waiting where there is no network.
+
+    Raises: UserError as local_path. `key` is the config key of them all.
+    """
+    for number, source in enumerate(sources):
+        here = f"{key}[{number}]"
+        if local_path(source, here) is None:
+            print(f"{here}.path: there is no file {source.path} here: it is looked for on the hub, as a dataset", flush=True)
 
 
 def _check_readable(path: Path, name: str, key: str) -> None:
@@ -259,7 +275,8 @@ def _read_hub(source: SourceConfig, key: str) -> Iterator[Row]:
     try:
         table = datasets.load_dataset(name, subset or None, split=source.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        said = f"{key}: the hub dataset {source.path}, split {source.split!r}, cannot be read: {error}"
+        read = f"the hub dataset {source.path}, split {source.split!r}, cannot be read: {error}"
+        said = f"{key}.path: there is no file {source.path} here, and {read}"
         raise UserError(f"{said} (a gated one needs HF_TOKEN in the environment)") from None
     for number, values in enumerate(table, 1):
         yield Row(f"{source.path}[{source.split}]:{number}", _without_nulls_below(values))

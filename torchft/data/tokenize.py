@@ -22,6 +22,7 @@ from typing import Any
 
 from torchft.data.answers import Conversation, find_answers
 from torchft.data.chat_template import ChatTemplate, Rendered, RowError
+from torchft.data.lost import lost_call, lost_tools
 from torchft.data.tokenizer import Tokenizer
 from torchft.data.vocabularies import Offsets
 
@@ -31,11 +32,16 @@ NO_END = "no control token ends the answer (it is trained without an end)"
 
 @dataclass(slots=True)
 class Tokenized:
-    """Ids of one example, whether each is trained, and why answers are not, or not wholly: reason -> how many."""
+    """Ids of one example, whether each is trained, and why answers are not, or not wholly: reason -> how many.
+
+    `lost`: a tool call that the template left out, or ""; `no_tools`: whether it left out the tools.
+    """
 
     ids: list[int]
     trained: list[bool]
     notes: Counter[str] = field(default_factory=Counter)
+    lost: str = ""
+    no_tools: bool = False
 
 
 def tokenize_chat(
@@ -69,6 +75,7 @@ def tokenize_chat(
             last = _last_inside(offsets, end) if stop is None else stop
             tokenized.trained[first : last + 1] = [True] * (last + 1 - first)
     tokenized.notes += Counter()  # drops zeros
+    tokenized.lost, tokenized.no_tools = lost_call(messages, rendered), lost_tools(tools, rendered)
     return tokenized
 
 
