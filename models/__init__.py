@@ -90,7 +90,12 @@ def model_config(hf: dict[str, Any]) -> TransformerConfig:
 
 
 def _unknown(architecture: str) -> ValueError:
-    """Which ones are known, and how another is added."""
+    """Which ones are known, and how another is added; a classifier, such as reward_distributed writes, is none to add."""
+    if architecture.endswith("ForSequenceClassification"):
+        return ValueError(
+            f"config.json: a {architecture} is a reward model, or another classifier: it scores texts and writes none. transformers' "
+            "AutoModelForSequenceClassification reads it; give the language model here that it was trained from."
+        )
     file = architecture.removesuffix("ForCausalLM").lower() if architecture.isidentifier() else "my_family"
     return ValueError(
         f"config.json: architecture {architecture!r} is not supported; known are {', '.join(FAMILIES)}. "

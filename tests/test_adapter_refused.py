@@ -14,7 +14,7 @@ from tiny_models import edit_tensors, load_saved_adapter, load_with_adapter, mak
 from torchft.adapter import WEIGHTS, adapter_tensors, save_adapter
 from torchft.errors import UserError
 from torchft.modules.lora import LoraSpec
-from torchft.peft_config import CONFIG, read_adapter
+from torchft.peft_config import CONFIG, other_base, read_adapter
 
 
 @pytest.fixture
@@ -28,6 +28,37 @@ def saved(base: Path, tmp_path: Path) -> Path:
     spec = LoraSpec(4, 10.0, use_dora=True)
     save_adapter(load_with_adapter(base, spec), spec, tmp_path / "saved", base_path=str(base))
     return tmp_path / "saved"
+
+
+BASES = [  # what adapter_config.json names, the base that is given, whether they may be one model
+    ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", True),
+    ("Qwen/Qwen3-0.6B", "/models/qwen3-0.6b", True),  # another machine's
+    ("/cache/models--Qwen--Qwen3-0.6B/snapshots/c1899de2", "Qwen3-0.6B", True),
+    ("Qwen/Qwen3-0.6B", "/cache/models--Qwen--Qwen3-0.6B/snapshots/c1899de2", True),
+    ("Qwen/Qwen3-0.6B", "link", True),
+    ("link", "Qwen3-0.6B", True),
+    ("", "Qwen/Qwen3-0.6B", True),
+    (None, "Qwen/Qwen3-0.6B", True),
+    (["Qwen/Qwen3-0.6B-Base"], "Qwen/Qwen3-0.6B", True),  # is no name
+    ("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B", False),
+    ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", False),
+    ("Qwen3\0-0.6B", "Qwen/Qwen3-0.6B", False),
+    ("Qwen/Qwen3-0.6B", "other_link", False),
+]
+
+
+@pytest.mark.parametrize(("named", "given", "agree"), BASES)
+def test_an_adapter_of_another_base_is_told_by_the_bases_names(
+    saved: Path, named: object, given: str, agree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved)
+    Path("Qwen3-0.6B").mkdir()
+    Path("link").symlink_to("Qwen3-0.6B")
+    Path("other_link").symlink_to("saved")
+    fields = json.loads((saved / CONFIG).read_text()) | {"base_model_name_or_path": named}
+    (saved / CONFIG).write_text(json.dumps(fields))
+    said = other_base(saved, given)
+    assert said == "" if agree else said.startswith(f"WARNING: {saved / CONFIG} names {named!r} ") and f"this is {given};" in said
 
 
 REFUSED_FIELDS = {
@@ -139,7 +170,7 @@ def test_half_precision_adapters_are_read_as_fp32(base: Path, saved: Path) -> No
 
 def test_adapter_of_another_model_is_refused(tmp_path: Path, saved: Path) -> None:
     make_base(tmp_path / "other", hidden_size=64)
-    with pytest.raises(UserError, match="the model's a float tensor"):
+    with pytest.raises(UserError, match=r"the model's a float tensor \(.*\); is it an adapter for this base model\?"):
         load_saved_adapter(tmp_path / "other", saved)
     make_base(tmp_path / "deeper", num_hidden_layers=3)
     with pytest.raises(UserError, match="21 tensors are missing"):

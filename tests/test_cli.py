@@ -91,6 +91,23 @@ def test_cp_takes_the_exact_name_or_a_directory(capsys, tmp_path):
         assert (tmp_path / made).is_file()
 
 
+def test_cp_refuses_the_ending_of_the_other_kind(capsys, tmp_path):
+    """tune run would then say that a config is none, or run it as Python."""
+    other = tmp_path.with_name("other")
+    other.mkdir()
+    (other / "own").touch()
+    for name, given, right, kind in (
+        ("lora_single_device", "x.yaml", "x.py", "a recipe"),
+        ("lora_finetune_single_device", "x.yml", "x.py", "a recipe"),
+        ("tiny/lora", "x.py", "x.yaml", "a config"),
+        (f"{other}/own", "x.py", "x.yaml", "a config"),
+    ):
+        said = f"error: {name} is {kind}; name it {tmp_path / right}\n"
+        assert tune(capsys, "cp", name, str(tmp_path / given), "--force") == (1, "", said)
+    assert list(tmp_path.iterdir()) == []
+    assert tune(capsys, "cp", "tiny/lora", str(tmp_path / "x.yml"))[0] == 0
+
+
 def test_cp_says_what_is_wrong(capsys, tmp_path):
     code, _, err = tune(capsys, "cp", "tiny/lora", str(tmp_path / "no" / "where.yaml"))
     assert code == 1 and f"where.yaml cannot be written: there is no directory {tmp_path / 'no'}; make it" in err
@@ -251,6 +268,37 @@ def test_a_missing_path_is_told_by_the_argument_that_named_it(argv, words, capsy
     code, _, err = tune(capsys, *argv)
     assert code == 1 and words in err
     assert "model.path" not in err and "lora.adapter" not in err
+
+
+def test_an_adapter_in_place_of_a_model_is_answered_with_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = Path("my adapter")
+    adapter.mkdir()
+    for content, base in (
+        ('{"base_model_name_or_path": "Qwen/Qwen3-0.6B"}', "Qwen/Qwen3-0.6B"),
+        ('{"base_model_name_or_path": "my base"}', "'my base'"),
+        ('{"base_model_name_or_path": null}', "MODEL"),
+        ('{"base_model_name_or_path": ["x"]}', "MODEL"),
+        ("[]", "MODEL"),
+        ("{", "MODEL"),
+    ):
+        (adapter / "adapter_config.json").write_text(content)
+        said = "which is an adapter and no model: tune"
+        assert tune(capsys, "generate", str(adapter)) == (1, "", f"error: MODEL is 'my adapter', {said} generate {base} --adapter 'my adapter'\n")
+        merge = tune(capsys, "merge", str(adapter), "builtin:tiny_llama", "out")
+        assert merge == (1, "", f"error: BASE is 'my adapter', {said} merge {base} 'my adapter' OUT\n")
+
+
+def test_options_of_generate_are_refused_by_their_names(capsys):
+    for option, value, said in (
+        ("--max-new-tokens", "0", "0; write 1 or more"),
+        ("--temperature", "-1", "-1.0; write 0 (the likeliest token) or a positive number"),
+        ("--temperature", "nan", "nan; write 0 (the likeliest token) or a positive number"),
+        ("--top-p", "2", "2.0; write a number above 0 and at most 1 (no cut)"),
+        ("--top-p", "0", "0.0; write a number above 0 and at most 1 (no cut)"),
+        ("--seed", str(2**64), f"{2**64}; write a number of 64 bits"),
+    ):
+        assert tune(capsys, "generate", "builtin:tiny_llama", option, value) == (1, "", f"error: {option} is {said}\n")
 
 
 def test_messages_about_directories_name_no_config_key(tmp_path):

@@ -147,6 +147,20 @@ def test_paths_must_exist_and_each_missing_one_is_named(tmp_path, monkeypatch):
     assert message.count("which does not exist") == 4 and message.startswith("5 problems")
 
 
+@pytest.mark.parametrize("value", ["yes", "true", "", "nowhere/step_000005", "a.jsonl", "x\0", "x" * 5000])
+def test_what_resume_cannot_be_is_refused_with_the_other_options(value, tmp_path, monkeypatch):
+    """And not after all of them were printed."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("{}")
+    Path("step_000005").mkdir()
+    wanted = ["model.path=builtin:tiny_llama", "data.train=a.jsonl"]
+    with pytest.raises(ConfigError, match=r"^command line: run\.resume is .*, and there is no such directory .*; write never, auto \(") as caught:
+        parse(Config, [*wanted, f"run.resume={value}"])
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+    for value in ("never", "auto", "step_000005", str(tmp_path / "step_000005")):
+        assert parse(Config, [*wanted, f"run.resume={value}"]).run.resume == value
+
+
 def test_a_run_cannot_start_from_what_it_would_move_aside(tmp_path, monkeypatch):
     """Else it fails when it has been trained, and looks for the base's files to write the result."""
     monkeypatch.chdir(tmp_path)

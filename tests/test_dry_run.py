@@ -176,7 +176,7 @@ def test_nf4_bytes_per_weight_are_those_of_real_tensors(workplace):
         (["data.train=nowhere.txt"], "data.train[0].path is 'nowhere.txt', which does not exist"),
         (["run.out=c.yaml"], "command line: run.out is 'c.yaml', which is a file; name a directory"),
         (["run.out=c.yaml/x/y"], "command line: run.out is 'c.yaml/x/y', below the file c.yaml; name another directory"),
-        (["run.resume=nowhere"], "there is no checkpoint nowhere: name an existing step_... directory"),
+        (["run.resume=nowhere"], "command line: run.resume is 'nowhere', and there is no such directory (looked in "),
     ],
 )
 def test_validate_says_what_is_wrong(overrides, words, workplace, capsys):

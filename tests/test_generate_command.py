@@ -184,8 +184,13 @@ def test_an_adapter_is_loaded_over_its_base(folder, capsys, tmp_path):
     save_adapter(model, spec, tmp_path / "adapter", base_path=str(folder))
     main_generate(arguments(folder, prompt="Hello", adapter=str(tmp_path / "adapter")))
     answer = expected_answer(folder, [user("Hello")], tmp_path / "adapter")
-    assert capsys.readouterr().out == answer + "\n"
+    assert capsys.readouterr() == (answer + "\n", "")
     assert answer != expected_answer(folder, [user("Hello")])
+    renamed = folder.rename(tmp_path / "instruct")
+    main_generate(arguments(renamed, prompt="Hello", adapter=str(tmp_path / "adapter")))
+    printed = capsys.readouterr()
+    assert printed.out == answer + "\n" and printed.err.count("\n") == 1
+    assert f"names {str(folder)!r} as the adapter's base, and this is {renamed};" in printed.err
 
 
 def test_going_beyond_the_trained_length_is_said(folder, capsys):

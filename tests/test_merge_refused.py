@@ -10,6 +10,7 @@ from tiny_models import load_with_adapter, make_adapter, make_base
 from torchft import merge as merge_module
 from torchft import model_dir
 from torchft.adapter import WEIGHTS, save_adapter
+from torchft.cli import main
 from torchft.errors import UserError
 from torchft.merge import merge
 from torchft.modules.lora import LoraSpec, lora_layers, merged_weight
@@ -48,12 +49,23 @@ def test_nothing_is_written_over(base: Path, tmp_path: Path) -> None:
 def test_a_broken_base_or_adapter_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
     make_base(tmp_path / "other", hidden_size=64)
-    with pytest.raises(UserError, match="the model's a float tensor"):
+    with pytest.raises(UserError, match=r"the model's a float tensor \(.*\); is it an adapter for this base model\?"):
         merge(tmp_path / "other", adapter, tmp_path / "merged")
     (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-1])
     with pytest.raises(UserError, match="not an intact safetensors file"):
         merge(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_merged_with_a_warning(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", LoraSpec(4, 10.0))
+    base.rename(tmp_path / "instruct")
+    main(["merge", str(tmp_path / "instruct"), str(adapter), str(tmp_path / "merged")])
+    warning = capsys.readouterr().err
+    assert warning.startswith("WARNING: ") and f"names {str(base)!r} as the adapter's base" in warning and warning.count("\n") == 1
+    (tmp_path / "instruct").rename(base)
+    main(["merge", str(base), str(adapter), str(tmp_path / "merged_again")])
+    assert capsys.readouterr().err == ""
 
 
 def test_overflow_in_the_written_dtype_is_refused(base: Path, tmp_path: Path) -> None:

@@ -48,6 +48,19 @@ def deterministic(out: Path) -> list[dict[str, Any]]:
     return [{key: record[key] for key in DETERMINISTIC_FIELDS if key in record} for record in records(out)]
 
 
+def test_a_run_that_ends_within_its_warm_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for steps in (0, 6, 10, 11):
+        log = make_logger(tmp_path / str(steps), config={"optim": {"warmup_steps": 10}})
+        capsys.readouterr()
+        log.begin(total_steps=steps, steps_per_epoch=2.5)
+        said[steps] = "".join(line for line in capsys.readouterr().out.splitlines() if "WARNING" in line)
+    assert said[0] == said[11] == ""
+    rest = "of optim.lr and never falls"
+    assert said[6] == f"WARNING: the run ends within its warm-up, 6 of optim.warmup_steps=10: the learning rate rises to 60% {rest}"
+    assert said[10] == f"WARNING: the run ends within its warm-up, 10 of optim.warmup_steps=10: the learning rate rises to 100% {rest}"
+
+
 def test_a_record_is_the_mean_over_tokens_since_the_last(tmp_path: Path) -> None:
     log = make_logger(tmp_path, log_every=2)
     log.begin(total_steps=5, steps_per_epoch=2.5)

@@ -281,7 +281,8 @@ def read_tensors(model: CausalLM, folder: Path) -> dict[str, Tensor]:
     for name, piece in wanted.items():
         info, shape = infos[keys[PREFIX + name]], piece.shape
         if info.shape != shape or info.dtype not in ("F32", "F16", "BF16"):
-            raise UserError(f"{file}: {name} is {info.dtype} {info.shape}, the model's a float tensor {shape}")
+            wanted_here = f"the model's a float tensor {shape}"
+            raise UserError(f"{file}: {name} is {info.dtype} {info.shape}, {wanted_here}; is it an adapter for this base model?")
     loaded = load_file(file)
     values = {
         name: [piece.rows_of(loaded[keys[PREFIX + piece.name]], 0, piece.stop) for piece in each]

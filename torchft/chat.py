@@ -17,6 +17,7 @@ from torchft.errors import UserError
 from torchft.generate import generate
 from torchft.models import build_model, read_config
 from torchft.modules.transformer import CausalLM
+from torchft.peft_config import other_base
 from torchft.storage import store_frozen
 from torchft.weights import load_weights
 
@@ -52,6 +53,8 @@ def main_generate(args: argparse.Namespace) -> None:
         raise UserError(
             f"{tokenizer.path} has no chat template: give one with --chat-template, or a --prompt to continue"
         )
+    if adapter and (warning := other_base(adapter, path)):
+        print(warning, file=sys.stderr, flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path, adapter, DTYPES[args.dtype], args.quantize, device)
     stops = template_stop_ids(tokenizer, template)

@@ -4,6 +4,7 @@ Every function takes `values`, dotted option names to values of the right type, 
 it (a recipe need not have every group), and returns all problems at once. Nothing is opened or imported.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -362,6 +363,7 @@ def check_paths(values: dict[str, Any]) -> Problems:
     if values.get("data.chat_template", "").endswith(".jinja"):
         wanted.append(("data.chat_template", values["data.chat_template"], ""))
     problems = [(key, problem) for key, text, inside in wanted if text and (problem := _path_problem(key, text, inside))]
+    problems += _check_resume(values.get("run.resume", "never"))
     problems += _check_out(values.get("run.out", ""))
     return problems or _check_own_results(values)  # of paths that are there
 
@@ -377,6 +379,17 @@ def _check_out(text: str) -> Problems:
     if files[0] == Path(text):
         return [("run.out", f"is {show(text)}, which is a file; name a directory")]
     return [("run.out", f"is {show(text)}, below the file {files[0]}; name another directory")]
+
+
+def _check_resume(text: str) -> Problems:
+    """Neither of the two words nor a directory; whether one is a checkpoint that verifies is seen when it is read."""
+    if text in ("never", "auto"):
+        return []
+    with contextlib.suppress(ValueError, OSError):  # a NUL, a name that is too long
+        if text and Path(text).is_dir():
+            return []
+    wanted = "write never, auto (the newest checkpoint in run.out), or the directory of a checkpoint, such as out/step_000500"
+    return [("run.resume", f"is {show(text)}, and there is no such directory (looked in {Path.cwd()}); {wanted}")]
 
 
 def _check_own_results(values: dict[str, Any]) -> Problems:
@@ -413,8 +426,8 @@ def _path_problem(key: str, text: str, inside: str) -> str:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """The most similar of `known`, however far it is."""
-    return difflib.get_close_matches(word[:60], known, 1, cutoff=0.0)[0]
+    """The most similar of `known`, "" where none is near."""
+    return next(iter(difflib.get_close_matches(word[:60], known, 1, cutoff=0.6)), "")
 
 
 def counted(number: int, noun: str) -> str:

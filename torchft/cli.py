@@ -6,8 +6,10 @@
 import argparse
 import ast
 import importlib.metadata
+import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -226,6 +228,9 @@ def _cp(args: argparse.Namespace) -> None:
     source, target = find_recipe_or_config(args.name), Path(args.destination)
     if target.is_dir():
         target /= source.name
+    kind, ending, wrong = ("recipe", ".py", (".yaml", ".yml")) if source.suffix == ".py" else ("config", ".yaml", (".py",))
+    if target.suffix in wrong:
+        raise UserError(f"{args.name} is a {kind}; name it {target.with_suffix(ending)}")
     if not target.parent.is_dir():
         raise UserError(f"{target} cannot be written: there is no directory {target.parent}; make it first")
     if target.exists() and target.samefile(source):
@@ -283,7 +288,10 @@ def _merge(args: argparse.Namespace) -> None:
     import torch
 
     from torchft.merge import merge
+    from torchft.peft_config import other_base
 
+    if warning := other_base(adapter, base):
+        print(warning, file=sys.stderr, flush=True)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     print(merge(base, adapter, Path(args.out).expanduser(), dtype, nf4_base=args.nf4_base))
 
@@ -291,8 +299,14 @@ def _merge(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; leave it out to chat")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; write 1 or more")
+    for option, value, accepted, right in (
+        ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "1 or more"),
+        ("--temperature", args.temperature, 0.0 <= args.temperature < float("inf"), "0 (the likeliest token) or a positive number"),
+        ("--top-p", args.top_p, 0.0 < args.top_p <= 1.0, "a number above 0 and at most 1 (no cut)"),
+        ("--seed", args.seed, -(2**63) <= args.seed < 2**64, "a number of 64 bits"),
+    ):
+        if not accepted:
+            raise UserError(f"{option} is {value}; write {right}")
     _given_directory("MODEL", args.model, "config.json")
     if args.adapter:
         _given_directory("--adapter", args.adapter, "adapter_config.json")
@@ -312,11 +326,25 @@ def _given_directory(argument: str, text: str, inside: str) -> Path:
         is_directory = path.is_dir()
     except (RuntimeError, OSError) as error:  # no home directory, a name that is too long
         raise UserError(f"{argument} is {show(text)}: {error}") from None
+    if is_directory and (path / "adapter_config.json").is_file():
+        command = f"tune generate {_base_of(path)} --adapter {shlex.quote(text)}"
+        if argument == "BASE":
+            command = f"tune merge {_base_of(path)} {shlex.quote(text)} OUT"
+        raise UserError(f"{argument} is {show(text)}, which is an adapter and no model: {command}")
     if is_directory:
         raise UserError(f"{argument} is {show(text)}, a directory without {inside}")
     is_hub_name = inside == "config.json" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)
     fix = f"; get it with `tune download {text}`" if is_hub_name else ""
     raise UserError(f"{argument} is {show(text)}, which is no directory (looked in {Path.cwd()}){fix}")
+
+
+def _base_of(adapter: Path) -> str:
+    """The base model that an adapter names, as it can be typed; MODEL where it names none."""
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "MODEL"
+    return shlex.quote(base) if isinstance(base, str) and base and base.isprintable() else "MODEL"
 
 
 def _note_other_owner() -> None:

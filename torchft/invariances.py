@@ -8,10 +8,12 @@ optimizer's update, and whatever a recipe's own text was edited to do.
 """
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,14 @@ class Subject:
             rows = [np.asarray(group)] if packing else [np.asarray([sample]) for sample in group]
             limit = self.cfg.data.max_seq_len
             yield make_batch(self.dataset, rows, num_rows=max(1, len(rows)), max_seq_len=limit, packing=packing)
+
+    def without_other_samples(self) -> "Subject":
+        """The same step of a dataset that holds nothing else: small enough for a pipe."""
+        dataset = self.dataset.select(self.samples)
+        tokens = np.concatenate([np.arange(start, start + length) for start, length in zip(dataset.starts, dataset.lengths, strict=True)])
+        starts = np.cumsum(dataset.lengths) - dataset.lengths
+        dataset = replace(dataset, ids=dataset.ids[tokens], supervised=dataset.supervised[tokens], starts=starts)
+        return replace(self, dataset=dataset, samples=np.arange(len(dataset)))
 
     @property
     def supervised(self) -> int:
@@ -244,7 +254,17 @@ def _on_two_processes(subject: Subject) -> Gradients:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="tune_check_") as folder:
         file = Path(folder) / "gradients.safetensors"
-        torch.multiprocessing.start_processes(_one_of_two, (port, subject, file), nprocs=2, start_method="spawn")
+        # Ctrl-C reaches them too. They inherit the mask and do not see it: as daemons they end with this process, both at once.
+        resource_tracker.ensure_running()  # started first, since it lifts the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            arguments = {"nprocs": 2, "start_method": "spawn", "join": False, "daemon": True}
+            alone = subject.without_other_samples()  # else this waits, masked, until each of them has imported torch and reads on
+            processes = torch.multiprocessing.start_processes(_one_of_two, (port, alone, file), **arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        while not processes.join():
+            pass
         return load_file(file)
 
 

@@ -107,6 +107,10 @@ class RunLogger:
             )
         if start_step == total_steps:
             self.print(f"nothing is left to train after step {total_steps}: the result is written again")
+        warmup = self._config.get("optim", {}).get("warmup_steps", 0)
+        if 0 < total_steps <= warmup:
+            peak = f"the learning rate rises to {total_steps / warmup:.0%} of optim.lr and never falls"
+            self.print(f"WARNING: the run ends within its warm-up, {total_steps} of optim.warmup_steps={warmup}: {peak}")
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._flops_per_token = flops_per_token
@@ -121,14 +125,8 @@ class RunLogger:
                 replace_bytes(self._out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._config)).encode())
             self._log = open(self._out / "log.jsonl" if self._writes else os.devnull, "a", encoding="utf-8")
         self._trackers.begin(self._config, start_step, state["wandb_id"])
-        # On a terminal only: in a file or a pipe a bar is noise.
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            leave=False,
-            disable=not (self._writes and sys.stderr.isatty()),
-        )
+        seen = self._writes and sys.stderr.isatty()  # in a file or a pipe a bar is noise
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", leave=False, disable=not seen)
         self._clock = Clock(self._device)
 
     def figures(self, count: int, sums: dict[str, Tensor]) -> None:

@@ -139,7 +139,7 @@ FOREIGN_NAMES = {
     "run.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
     "run.keep_last": "save_total_limit",
     "run.keep_best": "load_best_model_at_end",
-    "run.trackers": "report_to use_wandb wandb_project use_tensorboard",
+    "run.trackers": "report_to wandb use_wandb wandb_project tensorboard use_tensorboard",
 }
 
 
@@ -263,14 +263,15 @@ def group_advice(key: str, groups: Iterable[str]) -> str:
 
 
 def nearest_option(key: str, options: list[str]) -> str:
-    """The option that a key most likely means: as other trainers call it, by its last part, by the most similar spelling."""
-    leaf = key.rpartition(".")[2][:40]
+    """The option that a key most likely means: as other trainers call it, by its last part, by a similar spelling; "" for none."""
+    group, leaf = key.rpartition(".")[0], key.rpartition(".")[2][:40]
     same_leaf = [option for option in options if option.rpartition(".")[2] == leaf]
     by_leaf = {option.rpartition(".")[2]: option for option in options}
-    close = difflib.get_close_matches(key[:60], options, 1, cutoff=0.75)
+    in_group = {option.rpartition(".")[2]: option for option in options if option.rpartition(".")[0] == group}
+    close = in_group.get(nearest(leaf, list(in_group)), "") if in_group else nearest(key, options)
     close_leaf = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, cutoff=0.7)]
-    found = [foreign_option(key, options), *same_leaf, *close, *close_leaf, nearest(key, options)]
-    return next(filter(None, found))
+    found = [foreign_option(key, options), *same_leaf, close, *close_leaf]
+    return next(filter(None, found), "")
 
 
 def foreign_option(key: str, options: list[str]) -> str:

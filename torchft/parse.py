@@ -190,7 +190,8 @@ class _Reader:
         if index >= len(sources):
             problem = f"sets a field of entry {index}, but {option} has {counted(len(sources), 'entry')}, counted from 0"
         elif field not in hints:
-            problem = f"is not an option; did you mean {nearest(field, list(hints))}?"
+            near = nearest(field, list(hints))
+            problem = "is not an option; " + (f"did you mean {near}?" if near else f"a data source has {', '.join(hints)}")
         else:
             before = len(self.problems)
             value = read_value(override_node(raw, hints[field]), hints[field], key, self.problems)
@@ -236,7 +237,12 @@ class _Reader:
             return "is not an option"
         if group := nearest_group(key, list(self.groups), list(self.hints)):
             return f"is not an option; did you mean the group {group}?"
-        return f"is not an option; did you mean {nearest_option(key, list(self.hints))}?"
+        if near := nearest_option(key, list(self.hints)):
+            return f"is not an option; did you mean {near}?"
+        group = key.partition(".")[0]
+        if group in self.groups:
+            return f"is not an option; {group} has {', '.join(name for name in get_type_hints(self.groups[group]))}"
+        return f"is not an option; the groups are {', '.join(self.groups)}, and `tune run RECIPE --help` lists what they hold"
 
     def check(self, function: Callable[[dict[str, Any]], Problems], values: dict[str, Any]) -> None:
         """Adds what a function of torchft/checks.py finds, with the place where the option was set."""

@@ -4,12 +4,14 @@ What such a file says and we do not honour is refused by name: ignoring it would
 was trained. Source of the fields: peft 0.21, `LoraConfig`.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchft.checks import show
 from torchft.errors import UserError
 from torchft.modules.lora import LoraSpec
 from torchft.modules.vocab import PATHS
@@ -84,7 +86,7 @@ def read_adapter(path: str | Path) -> AdapterConfig:
     fields.expect("task_type", ("CAUSAL_LM", None))
     fields.expect("bias", ("none", None))
     fields.expect("init_lora_weights", PLAIN_INITS)
-    base_path = fields.left.get("base_model_name_or_path") or ""
+    base_path = fields.left.get("base_model_name_or_path")
     modules_to_save = fields.modules_to_save()
     targets = fields.targets()
     numbers = {
@@ -98,7 +100,28 @@ def read_adapter(path: str | Path) -> AdapterConfig:
         spec = LoraSpec(**numbers, **flags, target_modules=targets)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    return AdapterConfig(spec, modules_to_save, base_path)
+    return AdapterConfig(spec, modules_to_save, base_path if isinstance(base_path, str) else "")
+
+
+def other_base(adapter: str | Path, base: str | Path) -> str:
+    """A warning if `adapter` names another base model than `base`, else "": shapes do not tell base from instruct.
+
+    Folders are renamed and moved, so that it is the last part of the name that must agree, in any of its forms.
+    """
+    said = read_adapter(adapter).base_path
+    if not said or _names(said) & _names(base):
+        return ""
+    known = f"WARNING: {Path(adapter) / CONFIG} names {show(said)} as the adapter's base, and this is {base}"
+    return f"{known}; unless that is the same model under another name, the adapter will not do what it was trained to do"
+
+
+def _names(model: str | Path) -> set[str]:
+    """What a model may be called, by its hub name or directory: as written, behind links, in the hub's cache."""
+    path = Path(model)
+    names = [path.name, *(part.rpartition("--")[2] for part in path.parts if part.startswith("models--"))]  # /snapshots/<commit>
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a path of another machine
+        names.append(path.resolve().name)
+    return {name.lower() for name in names if name}
 
 
 def _read_object(file: Path) -> dict[str, Any]:

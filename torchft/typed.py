@@ -118,7 +118,8 @@ def _read_source(node: Node, key: str, problems: list[Problem]) -> SourceConfig:
         if name in hints:
             fields[name] = read_value(value, hints[name], f"{key}.{name}", problems)
         else:
-            fix = f"did you mean {nearest(name, list(hints))}? A data source has {', '.join(hints)}"
+            near = nearest(name, list(hints))
+            fix = f"did you mean {near}? " * bool(near) + f"{'A' if near else 'a'} data source has {', '.join(hints)}"
             problems.append(Problem(where(value), f"{key}.{name}", f"is not an option; {fix}"))
     return SourceConfig(**fields)
 

@@ -164,6 +164,7 @@ def test_inert_fields_are_inert(family):
             ["GPT2LMHeadModel"],
             "'GPT2LMHeadModel' is not supported; known are LlamaForCausalLM, Mistral.* write models/gpt2lmheadmodel.py: docs/new_f",
         ),
+        ("architectures", ["LlamaForSequenceClassification"], "a reward model, .* transformers' AutoModelForSequenceClassification reads it"),
         ("architectures", ["Gemma3ForConditionalGeneration"], "not supported.* images too; its text part can be saved"),
         ("architectures", None, "architectures is None"),
         ("architectures", [["LlamaForCausalLM"]], "architecture .* is not supported"),

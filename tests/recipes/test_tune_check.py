@@ -1,8 +1,15 @@
 """`tune check`: nothing differs as things are, and what is made wrong is named: the option, the kernel, the tensor."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,8 +104,9 @@ def only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def two_processes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That check and no other, in forks, which need no seconds to start."""
 
-    def fork(work: Callable, arguments: tuple, nprocs: int, start_method: str) -> None:
+    def fork(work: Callable, arguments: tuple, nprocs: int, **how: object) -> SimpleNamespace:
         assert run_processes(nprocs, lambda number: work(number, *arguments), tmp_path) == [0] * nprocs, problems(tmp_path)
+        return SimpleNamespace(join=lambda: True)
 
     monkeypatch.setattr(torch.multiprocessing, "start_processes", fork)
     only("two processes", monkeypatch)
@@ -222,3 +230,32 @@ def test_the_difference_is_relative_to_each_tensor() -> None:
     with pytest.raises(UserError, match="all zero"):
         difference({"a": torch.zeros(2)}, {"a": torch.zeros(2)})
     assert set(KERNELS) == {"lora", "rms_norm", "rope", "swiglu", "nf4", "fp8", "cross_entropy", "embedding"}  # each but fp8 has a line
+
+
+CHECK_ALONE = """
+from torchft import cli, tune_check
+from torchft.invariances import Check, _on_two_processes
+tune_check.list_checks = lambda subject: [Check("two processes", "", lambda: _on_two_processes(subject))] * 2
+cli.main(["check", "tiny/lora"])
+"""
+
+
+def test_an_interruption_while_the_processes_import_leaves_none_of_them(tmp_path):
+    """Ctrl-C goes to all processes of a terminal. They are two, and multiprocessing's resource tracker."""
+    command = [sys.executable, "-c", CHECK_ALONE]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
+    while len(children.read_text().split()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # of the seconds that torch takes
+    try:
+        told = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, printed = process.communicate(timeout=20)
+        assert (process.returncode, printed) == (130, "interrupted\n")
+        assert time.monotonic() - told < 2  # and not after the imports
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nobody is left of the session
+            os.killpg(process.pid, signal.SIGKILL)

@@ -143,8 +143,9 @@ def _several_fit(fits: list[Fit], source: SourceConfig, key: str) -> str:
 
 def _none_fits(names: list[str], source: SourceConfig, key: str, forms: tuple[str, ...]) -> str:
     wanted = "; ".join(f"{form}: {' or '.join(map(', '.join, NEEDED[form]))}" for form in forms)
+    kin = next(kind for kind in KINDS.values() if forms[0] in kind)
+    others = {form for form, _ in _fits(_our_names(names, source.columns), source, kin)}
     ours = NEEDED[forms[0]][0]
-    return (
-        f"{key}.format: {source.path} has the columns {', '.join(names) or '(none)'}, which fit no format ({wanted}); "
-        f"map them, e.g. {key}.columns: {{{ours[0]}: {names[0] if names else 'question'}, {ours[1]}: ...}}"
-    )
+    example = ", ".join([f"{ours[0]}: {names[0] if names else 'question'}", *(f"{name}: ..." for name in ours[1:2])])
+    fix = f"set it to {others.pop()}" if len(others) == 1 else f"map them, e.g. {key}.columns: {{{example}}}"
+    return f"{key}.format: {source.path} has the columns {', '.join(names) or '(none)'}, which fit no format ({wanted}); {fix}"
