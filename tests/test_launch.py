@@ -285,7 +285,7 @@ def test_ctrl_c_leaves_without_a_traceback(quick):
 IMPORTING = """
 import time
 
-print("importing\\n", end="", flush=True)  # one write: ranks share the pipe
+print("importing", flush=True)
 time.sleep(1.5)  # as torch does
 
 from dataclasses import dataclass
