@@ -62,10 +62,9 @@ def run(argv: list[str]) -> NoReturn:
 def _hold_interrupts(recipe: Path) -> None:
     """Ctrl-C waits until the recipe reads its command line, where torchft/crash.py answers it: in the middle of the imports before,
     which take seconds, it ends in torch's frames. A process that is started, or that this one becomes, inherits the mask;
-    a file that does not read its command line by `parse(Config)`, which lifts it, is left alone.
+    a file that does not read its command line by `parse`, which lifts it, is left alone.
     """
-    text = recipe.read_text(encoding="utf-8", errors="replace")
-    if "torchft.parse" in text and re.search(r"\bparse\(\w+\)", text):
+    if "torchft.parse" in recipe.read_text(encoding="utf-8", errors="replace"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
