@@ -282,53 +282,6 @@ def test_ctrl_c_leaves_without_a_traceback(quick):
     assert process.returncode == 130
 
 
-IMPORTING = """
-import time
-
-print("importing", flush=True)
-time.sleep(1.5)  # as torch does
-
-from dataclasses import dataclass
-
-from torchft.parse import parse
-
-
-@dataclass
-class Config:
-    seed: int = 0
-
-
-parse(Config)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_during_a_recipes_imports_is_answered_in_one_line(tmp_path, processes):
-    """It goes to all processes of a terminal."""
-    file = tmp_path / "importing.py"
-    file.write_text(IMPORTING, encoding="utf-8")
-    several = ["--nproc_per_node", "2"] if processes == 2 else []
-    argv = [sys.executable, "-m", "torchft", "run", *several, str(file)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(argv, start_new_session=True, **pipes) as process:
-        for _ in range(processes):
-            assert process.stdout.readline() == "importing\n"
-        os.killpg(process.pid, signal.SIGINT)
-        _, printed = process.communicate(timeout=30)
-    assert (process.returncode, printed) == (130, "interrupted\n" if processes == 1 else "stopped by SIGINT\n")
-
-
-def test_ctrl_c_ends_a_file_that_reads_no_options_at_once(tmp_path):
-    """Nothing would let it through later."""
-    file = tmp_path / "other.py"
-    file.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(60)\n", encoding="utf-8")
-    with subprocess.Popen([sys.executable, "-m", "torchft", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"waiting\n"
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=10)[1].endswith(b"KeyboardInterrupt\n")
-
-
 @contextmanager
 def two_that_stop(folder: Path) -> Iterator[subprocess.Popen]:
     """The launcher of two processes that save when they are told to stop, as soon as both are there."""

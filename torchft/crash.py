@@ -33,9 +33,8 @@ SPEAKING_SECONDS = 2  # for all of them to have looked, and said where they stan
 
 
 def install_excepthook() -> None:
-    """From now on, an exception that nobody catches ends the process as `report` says; so does a Ctrl-C that `tune run` held back."""
+    """From now on, an exception that nobody catches ends the process as `report` says."""
     sys.excepthook = report
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

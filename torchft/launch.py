@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -53,19 +52,9 @@ def run(argv: list[str]) -> NoReturn:
         check_order(argv[1:])
         path = find_recipe(argv[0])
         check_config(path, argv[1:])
-        _hold_interrupts(path)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, str(path), *argv[1:]])
     sys.exit(run_workers(argv))
-
-
-def _hold_interrupts(recipe: Path) -> None:
-    """Ctrl-C waits until the recipe reads its command line, where torchft/crash.py answers it: in the middle of the imports before,
-    which take seconds, it ends in torch's frames. A process that is started, or that this one becomes, inherits the mask;
-    a file that does not read its command line by `parse`, which lifts it, is left alone.
-    """
-    if "torchft.parse" in recipe.read_text(encoding="utf-8", errors="replace"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
 def tune_command() -> str:
@@ -136,10 +125,6 @@ def run_workers(argv: list[str]) -> int:
         if config.max_nodes > 1:
             waiting = f"waiting at {config.rdzv_endpoint} for the launchers of --nnodes={args.nnodes} nodes"
             print(waiting, file=sys.stderr, flush=True)
-        done = threading.Event()
-        threading.Thread(target=done.wait, daemon=True).start()  # without the mask: by it Ctrl-C reaches the launcher
-        if not args.module and not args.no_python:
-            _hold_interrupts(Path(args.training_script))
         try:
             elastic_launch(config=config, entrypoint=command)(*command_args)
         except ChildFailedError as error:
@@ -150,9 +135,6 @@ def run_workers(argv: list[str]) -> int:
         except (RendezvousError, DistError) as error:  # of the launcher's own store: the ranks are other processes
             fix = "check --rdzv-endpoint, --master-addr, --master-port and --nnodes"
             raise UserError(f"the processes could not find each other: {_why_alone(error, args.nnodes)}; {fix}") from None
-        finally:
-            done.set()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return 0
 
 
