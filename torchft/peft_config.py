@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchft.checks import show
 from torchft.errors import UserError
 from torchft.modules.lora import LoraSpec
 from torchft.modules.vocab import PATHS
@@ -111,7 +110,7 @@ def other_base(adapter: str | Path, base: str | Path) -> str:
     said = read_adapter(adapter).base_path
     if not said or _names(said) & _names(base):
         return ""
-    known = f"WARNING: {Path(adapter) / CONFIG} names {show(said)} as the adapter's base, and this is {base}"
+    known = f"WARNING: {Path(adapter) / CONFIG} names {said!r} as the adapter's base, and this is {base}"
     return f"{known}; unless that is the same model under another name, the adapter will not do what it was trained to do"
 
 
