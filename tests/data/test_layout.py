@@ -74,7 +74,7 @@ def test_an_optional_column_of_few_rows_is_read():
             r"has the columns text, which fit no format \(instruct: instruction, output or .*; set it to text$",
         ),
         *((["instruction", "output"], {"format": form}, rf"\({form}: \w+\); set it to instruct$") for form in ONE_COLUMN),
-        *((["quest"], {"format": form}, rf"map them, e\.g\. .*: {{\w+: quest}}$") for form in ONE_COLUMN),
+        *((["quest"], {"format": form}, r"map them, e\.g\. .*: \{\w+: quest\}$") for form in ONE_COLUMN),
         (["quest"], {"format": "instruct"}, r"map them, e\.g\. .*: \{instruction: quest, output: \.\.\.\}$"),
         (["text"], {"format": "txt"}, r"data\.train\[0\]\.format: 'txt' is not known; did you mean 'text'\?"),
         (["q", "a"], {"columns": {"instuction": "q"}}, r"columns: 'instuction' .*did you mean 'instruction'\?"),
