@@ -85,7 +85,6 @@ def batch_loss(model: CausalLM, frozen: CausalLM | None, batch: Batch, options: 
 
     frozen: the model whose base is the reference; None where the batch brings it along, or the loss needs none.
     """
-
     def by_answer(values: torch.Tensor) -> torch.Tensor:  # (B, T) -> (P, 2)
         return sum_by_answer(values, batch.sequences, batch.num_sequences).view(-1, 2)
 
