@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from processes import problems, run_processes
+from divided_run import DividedRun, on_processes
+from processes import problems
 from tiny_training import CONFIG, TinyRun, assert_same, hide_cuda
-from torch import Tensor, nn
-from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
 
 from torchft.checkpoint import load_checkpoint, save_checkpoint
-from torchft.config import ModelConfig, OptimConfig, RunConfig
-from torchft.distributed import join_processes, leave_processes
 from torchft.errors import UserError
+from torchft.modules.sharding import whole
 from torchft.optim import clip_and_check, set_lr, step_optimizer
-from torchft.parts import PartsWriter, load_parts
-from torchft.ranks import world_size
+from torchft.parts import PartsWriter
 
 Build = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -85,35 +82,10 @@ def test_continuing_gives_the_same_bits(name: str, tmp_path: Path) -> None:
         }
 
 
-class Divided:
-    """The same on processes that divide the model: its optimizer, and steps that depend on nothing else."""
-
-    def __init__(self, build: Build) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 1, bias=False))  # fewer rows than processes, too
-        fully_shard(self.model, mesh=init_device_mesh("cpu", (world_size(),)))
-        self.params = dict(self.model.named_parameters())
-        self.optimizer = build(self.params.values())
-
-    def train(self, steps: int) -> "Divided":
-        for _ in range(steps):
-            loss = (self.model(torch.ones(3, 5)) - 1).square().mean()
-            loss.backward()
-            step_optimizer(self.optimizer, clip_and_check(self.params, 1.0, loss)[1])
-            self.optimizer.zero_grad()
-        return self
-
-    def weights(self) -> list[Tensor]:
-        return [param.detach().full_tensor() for param in self.params.values()]
-
-
-def on_two_processes(folder: Path, work: Callable[[], None]) -> None:
-    def run(_: int) -> None:
-        join_processes(ModelConfig(), OptimConfig(), RunConfig(global_batch_size=12))
-        work()
-        leave_processes()
-
-    assert run_processes(2, run, folder) == [0, 0], problems(folder)
+def divided_run_with(build: Build) -> DividedRun:
+    run = DividedRun()
+    run.optimizer = build(run.params.values())
+    return run
 
 
 @pytest.mark.parametrize("name", ["SGD with momentum", "AdamW, amsgrad", "Lion", "Lion, more"])
@@ -121,15 +93,17 @@ def test_divided_over_processes_too(name: str, tmp_path: Path, monkeypatch: pyte
     hide_cuda(monkeypatch)
 
     def work() -> None:
-        run, writer = Divided(OPTIMIZERS[name]).train(2), PartsWriter(tmp_path / "out")
-        writer.save(2, params=run.params, optimizer=run.optimizer, state={}, config=CONFIG, keep_last=1)
+        run, writer = divided_run_with(OPTIMIZERS[name]).step().step(), PartsWriter(tmp_path / "out")
+        run.save(writer, 2)
         writer.wait()
-        resumed = Divided(OPTIMIZERS[name])
-        path = tmp_path / "out/step_000002"
-        load_parts(path, params=resumed.params, optimizer=resumed.optimizer, unchanged={})
-        assert all(map(torch.equal, resumed.train(3).weights(), run.train(3).weights()))
+        resumed = divided_run_with(OPTIMIZERS[name])
+        resumed.load(tmp_path / "out/step_000002")
+        for side in (run, resumed):
+            side.step().step().step()
+        weights = [[whole(param.detach()) for param in side.params.values()] for side in (resumed, run)]
+        assert all(map(torch.equal, *weights))
 
-    on_two_processes(tmp_path, work)
+    assert on_processes(2, tmp_path, work) == [0, 0], problems(tmp_path)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -159,9 +133,9 @@ def test_nor_a_part_that_no_other_process_has(tmp_path: Path, monkeypatch: pytes
 
     def work() -> None:
         with pytest.raises(UserError, match="'rows', a Tensor of shape .*divided alike"):
-            Divided(lambda params: Lion(params, lr=0.1, more=lambda param: {"rows": torch.zeros(3)})).train(1)
+            divided_run_with(lambda params: Lion(params, lr=0.1, more=lambda param: {"rows": torch.zeros(3)})).step()
 
-    on_two_processes(tmp_path, work)
+    assert on_processes(2, tmp_path, work) == [0, 0], problems(tmp_path)
 
 
 def test_groups_keep_the_ratio_of_their_learning_rates() -> None:

@@ -11,74 +11,28 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import problems, run_processes
+from divided_run import DividedRun, on_processes
+from processes import problems
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchft import parts
-from torchft.config import ModelConfig, OptimConfig, RunConfig
-from torchft.distributed import join_processes, leave_processes
+from torchft.config import OptimConfig
 from torchft.modules.compiler import missing_compiler
-from torchft.modules.sharding import gathered, whole
+from torchft.modules.sharding import gathered
 from torchft.optim import build_optimizer, clip_and_check, step_optimizer
 from torchft.optimizer_state import flatten_optimizer
 from torchft.parts import PartsWriter, load_parts
 from torchft.ranks import rank, world_size
 from torchft.run_dir import checkpoints, verify_checkpoint
 
-CONFIG = {"run": {"out": "out"}, "optim": {"name": "adamw"}}
-
-
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
-class Run:
-    """A model of a few odd shapes divided over the processes, its optimizer, and steps that depend on nothing else."""
-
-    def __init__(self, width: int = 7) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 1, bias=False))  # fewer rows than processes, too
-        fully_shard(self.model, mesh=init_device_mesh("cpu", (world_size(),)))
-        self.params = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.params, OptimConfig(lr=0.1))
-
-    def step(self) -> "Run":
-        loss = self.model(torch.ones(3, 5)).square().mean()
-        loss.backward()
-        step_optimizer(self.optimizer, clip_and_check(self.params, 0.0, loss)[1])
-        self.optimizer.zero_grad()
-        return self
-
-    def save(self, writer: PartsWriter, step: int, **more: Any) -> None:
-        writer.save(
-            step, params=self.params, optimizer=self.optimizer, state={"data": "d"}, config=CONFIG, keep_last=2, **more
-        )
-
-    def load(self, path: Path) -> dict[str, Any]:
-        return load_parts(path, params=self.params, optimizer=self.optimizer, unchanged={"data": "d"})
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        found = {name: whole(param.detach()).clone() for name, param in self.params.items()}
-        for name, param in self.params.items():
-            found |= {f"{name}/{key}": whole(value).clone() for key, value in self.optimizer.state[param].items()}
-        return found
-
-
-def on_processes(count: int, folder: Path, work: Callable[[], None]) -> list[int]:
-    """`work` on gloo processes that have met; exit codes."""
-
-    def run(_: int) -> None:
-        join_processes(ModelConfig(), OptimConfig(), RunConfig(global_batch_size=12))
-        work()
-        leave_processes()
-
-    return run_processes(count, run, folder)
-
-
 def run_and_save(out: Path, steps: int = 1) -> None:
-    run, writer = Run(), PartsWriter(out)
+    run, writer = DividedRun(), PartsWriter(out)
     for step in range(1, steps + 1):
         run.step().save(writer, step)
     writer.wait()
@@ -88,7 +42,7 @@ def test_what_is_written_is_the_step_that_was_saved(tmp_path: Path) -> None:
     """K12: the steps after it, which run while it is written, do not show in it; each process has its own file."""
 
     def work() -> None:
-        run, writer, go = Run().step(), PartsWriter(tmp_path / "out"), threading.Event()
+        run, writer, go = DividedRun().step(), PartsWriter(tmp_path / "out"), threading.Event()
         original = writer._write_part
 
         def late(*args: Any) -> None:
@@ -115,12 +69,12 @@ def test_what_is_written_is_the_step_that_was_saved(tmp_path: Path) -> None:
 def test_it_loads_on_any_number_of_processes(tmp_path: Path) -> None:
     def save() -> None:
         run_and_save(tmp_path / "out")
-        tensors = Run().step().tensors()
+        tensors = DividedRun().step().tensors()
         if rank() == 0:
             save_file(tensors, tmp_path / "whole.safetensors")
 
     def load() -> None:
-        run = Run(7)
+        run = DividedRun(7)
         run.load(tmp_path / "out/step_000001")
         expected, found = load_file(tmp_path / "whole.safetensors"), run.tensors()
         assert found.keys() == expected.keys()
@@ -166,7 +120,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(
     monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
 
     def work() -> None:
-        run, writer = Run().step(), PartsWriter(tmp_path / "out")
+        run, writer = DividedRun().step(), PartsWriter(tmp_path / "out")
         run.save(writer, 1)
         writer.wait()
         run.step().save(writer, 2)
@@ -187,7 +141,7 @@ def test_without_memory_for_a_copy_the_run_waits(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(parts, "_copied", lambda tensors: pytest.fail("copied"))
 
     def work() -> None:
-        run, writer = Run().step(), PartsWriter(tmp_path / "out")
+        run, writer = DividedRun().step(), PartsWriter(tmp_path / "out")
         run.save(writer, 1)
         if rank() == 0:  # which gives it its name
             assert checkpoints(tmp_path / "out")
@@ -204,11 +158,11 @@ def test_a_directory_that_not_all_processes_see_is_refused(tmp_path: Path) -> No
     assert "is not there for process(es) 1: each writes its part" in problems(tmp_path)
 
 
-def refusal(tmp_path: Path, change: Callable[[Run, Path], None]) -> str:
+def refusal(tmp_path: Path, change: Callable[[DividedRun, Path], None]) -> str:
     """What loading on one process says after `change` to the run or its checkpoint."""
 
     def work() -> None:
-        run = Run(8 if change is wider else 7)
+        run = DividedRun(8 if change is wider else 7)
         before = {name: param.detach().to_local().clone() for name, param in run.params.items()}
         change(run, tmp_path / "out/step_000001")
         try:
@@ -221,23 +175,23 @@ def refusal(tmp_path: Path, change: Callable[[Run, Path], None]) -> str:
     return problems(tmp_path / "load")
 
 
-def wider(run: Run, path: Path) -> None:
+def wider(run: DividedRun, path: Path) -> None:
     """The model has other shapes."""
 
 
-def one_less(run: Run, path: Path) -> None:
+def one_less(run: DividedRun, path: Path) -> None:
     run.params.pop("1.weight")
 
 
-def other_optimizer(run: Run, path: Path) -> None:
+def other_optimizer(run: DividedRun, path: Path) -> None:
     run.optimizer = torch.optim.SGD(run.params.values())
 
 
-def other_data(run: Run, path: Path) -> None:
+def other_data(run: DividedRun, path: Path) -> None:
     run.load = lambda path: load_parts(path, params=run.params, optimizer=run.optimizer, unchanged={"data": "e"})
 
 
-def flipped_bit(run: Run, path: Path) -> None:
+def flipped_bit(run: DividedRun, path: Path) -> None:
     file = next(path.glob("shard*"))
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
@@ -255,7 +209,7 @@ def flipped_bit(run: Run, path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(
-    tmp_path: Path, change: Callable[[Run, Path], None], message: str
+    tmp_path: Path, change: Callable[[DividedRun, Path], None], message: str
 ) -> None:
     assert message in refusal(tmp_path, change)
 
@@ -265,7 +219,7 @@ def test_nothing_of_the_libraries_reaches_the_screen(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             run_and_save(tmp_path / "out")
-            Run().load(tmp_path / "out/step_000001")
+            DividedRun().load(tmp_path / "out/step_000001")
         assert dist.is_initialized()
 
     assert on_processes(1, tmp_path, work) == [0], problems(tmp_path)
@@ -275,7 +229,7 @@ def test_random_states_are_restored(tmp_path: Path) -> None:
     """Each process its own, where there are as many; else masks that no step so far has had."""
 
     def work() -> None:
-        run, writer = Run().step(), PartsWriter(tmp_path / "out")
+        run, writer = DividedRun().step(), PartsWriter(tmp_path / "out")
         torch.manual_seed(rank())
         run.save(writer, 1)
         writer.wait()
@@ -292,7 +246,7 @@ def test_8_bit_states_on_any_number_of_processes(tmp_path: Path, monkeypatch: py
     """Where they are whole blocks on both sides, codes and scales stay what they are; here on 2, 1 and 4 processes."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
-    class Run8(Run):
+    class Run8(DividedRun):
         def __init__(self) -> None:
             torch.manual_seed(0)
             self.model = nn.Sequential(nn.Linear(256, 90, bias=False), nn.Linear(90, 3))
